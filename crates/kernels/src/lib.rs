@@ -1,0 +1,45 @@
+//! Arithmetic of the project: naive references, SIMD kernels, forward and backward, run-time dispatch.
+//! Knows slices and shapes; knows nothing of models, files or plans.
+//! Matrices are row-major `f32`; an activation is `[seq, features]` of one sequence.
+
+pub mod attention;
+pub mod conv;
+pub mod elementwise;
+pub mod exec;
+pub mod gated_delta;
+pub mod isa;
+pub mod loss;
+pub mod mat;
+pub mod naive;
+pub mod optim;
+pub mod rope;
+pub mod scan;
+pub mod ssd;
+
+mod gemm;
+
+pub use exec::Exec;
+pub use gemm::{Store, Trans, gemm};
+pub use isa::Isa;
+pub use mat::{MatMut, MatRef};
+
+/// Why a kernel context could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// `RECURFORMER_ISA` names an instruction set this CPU lacks or nobody knows.
+    #[error("instruction set `{requested}` is not available on this CPU (available: {available})")]
+    IsaUnavailable {
+        /// What was asked for.
+        requested: String,
+        /// What this CPU can run, comma-separated.
+        available: String,
+    },
+    /// The thread pool could not be started.
+    #[error("cannot start {threads} compute threads: {reason}")]
+    ThreadPool {
+        /// Threads asked for.
+        threads: usize,
+        /// The operating system's reason.
+        reason: String,
+    },
+}

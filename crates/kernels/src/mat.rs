@@ -1,0 +1,104 @@
+//! Borrowed row-major matrix views with a row stride; every constructor checks its bounds.
+
+/// A read-only view of `rows × cols` values whose rows start `row_stride` apart.
+#[derive(Clone, Copy, Debug)]
+pub struct MatRef<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+/// A mutable view of `rows × cols` values whose rows start `row_stride` apart.
+#[derive(Debug)]
+pub struct MatMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+fn check(len: usize, rows: usize, cols: usize, row_stride: usize) {
+    assert!(cols <= row_stride || rows <= 1, "cols {cols} exceed row stride {row_stride}");
+    let need = if rows == 0 { 0 } else { (rows - 1) * row_stride + cols };
+    assert!(len >= need, "matrix view {rows}x{cols} stride {row_stride} needs {need} values, slice has {len}");
+}
+
+impl<'a> MatRef<'a> {
+    /// A view with an explicit stride. Panics when the slice is too short.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        check(data.len(), rows, cols, row_stride);
+        Self { data, rows, cols, row_stride }
+    }
+    /// A contiguous `rows × cols` view.
+    pub fn dense(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::new(data, rows, cols, cols)
+    }
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+    /// Distance between the starts of two rows, in values.
+    pub fn row_stride(&self) -> usize {
+        self.row_stride
+    }
+    /// Row `r`.
+    pub fn row(&self, r: usize) -> &'a [f32] {
+        assert!(r < self.rows, "row {r} of {}", self.rows);
+        &self.data[r * self.row_stride..r * self.row_stride + self.cols]
+    }
+    /// The underlying slice, starting at row 0, column 0.
+    pub fn data(&self) -> &'a [f32] {
+        self.data
+    }
+    /// Columns `start..start + cols` of every row.
+    pub fn columns(&self, start: usize, cols: usize) -> MatRef<'a> {
+        assert!(start + cols <= self.cols, "columns {start}+{cols} of {}", self.cols);
+        MatRef::new(if self.rows == 0 { &[] } else { &self.data[start..] }, self.rows, cols, self.row_stride)
+    }
+}
+
+impl<'a> MatMut<'a> {
+    /// A view with an explicit stride. Panics when the slice is too short.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        check(data.len(), rows, cols, row_stride);
+        Self { data, rows, cols, row_stride }
+    }
+    /// A contiguous `rows × cols` view.
+    pub fn dense(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self::new(data, rows, cols, cols)
+    }
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+    /// Distance between the starts of two rows, in values.
+    pub fn row_stride(&self) -> usize {
+        self.row_stride
+    }
+    /// Row `r`.
+    pub fn row_mut(&mut self, r: usize) -> &mut [f32] {
+        assert!(r < self.rows, "row {r} of {}", self.rows);
+        &mut self.data[r * self.row_stride..r * self.row_stride + self.cols]
+    }
+    /// The underlying slice, starting at row 0, column 0.
+    pub fn data_mut(&mut self) -> &mut [f32] {
+        self.data
+    }
+    /// A read-only view of the same values.
+    pub fn as_ref(&self) -> MatRef<'_> {
+        MatRef { data: self.data, rows: self.rows, cols: self.cols, row_stride: self.row_stride }
+    }
+    /// A shorter-lived mutable view of the same values.
+    pub fn reborrow(&mut self) -> MatMut<'_> {
+        MatMut { data: self.data, rows: self.rows, cols: self.cols, row_stride: self.row_stride }
+    }
+}

@@ -1,0 +1,14 @@
+//! Checkpoints as they lie on disk or on a hub: formats, configurations, tokenizers, chat templates, model sources.
+//! Knows bytes, names and shapes; knows nothing of layers or arithmetic.
+
+pub mod config;
+pub mod error;
+pub mod source;
+pub mod tensors;
+pub mod tokenizer;
+
+pub use config::{Family, ModelConfig, RopeScaling};
+pub use error::WeightsError;
+pub use source::{Checkpoint, ModelSource};
+pub use tensors::{Dtype, TensorInfo, TensorSource};
+pub use tokenizer::Tokenizer;
