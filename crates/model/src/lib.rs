@@ -1,1 +1,21 @@
-//! x
+//! Hybrid Transformer models: plan, layers, mixers, cache, forward, backward, sampling.
+//! Knows arithmetic order and parameter names; knows nothing of files' bytes, datasets or optimizers.
+#![forbid(unsafe_code)]
+
+pub mod cache;
+pub mod error;
+pub mod mixers;
+pub mod model;
+pub mod observe;
+pub mod params;
+pub mod plan;
+pub mod sampler;
+
+pub use cache::Cache;
+pub use error::{ModelError, Result};
+pub use model::{LogitRows, Model, Tape, TokenBatch};
+pub use observe::{GradObserver, LayerObserver, NoObserver};
+pub use params::{Grads, Param, ParamId, ParamStore};
+pub use plan::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind};
+pub use sampler::{Sampler, SamplerOptions};
+pub use weights::{Family, ModelConfig};

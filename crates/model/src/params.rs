@@ -1,0 +1,119 @@
+//! Named f32 parameters with Hugging Face names, shared between models until one writes, and their gradients.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Index of a parameter in its [`ParamStore`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub(crate) usize);
+
+/// One named tensor.
+#[derive(Clone, Debug)]
+pub struct Param {
+    /// Hugging Face name.
+    pub name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    data: Arc<Vec<f32>>,
+}
+
+impl Param {
+    /// The values.
+    pub fn data(&self) -> &[f32] {
+        &self.data
+    }
+}
+
+/// All parameters of a model. Cloning shares the values; [`data_mut`](Self::data_mut) copies on first write.
+#[derive(Clone, Debug, Default)]
+pub struct ParamStore {
+    params: Vec<Param>,
+    index: HashMap<String, ParamId>,
+}
+
+impl ParamStore {
+    /// Adds or replaces a parameter.
+    pub fn insert(&mut self, name: impl Into<String>, shape: Vec<usize>, data: Vec<f32>) -> ParamId {
+        let name = name.into();
+        assert_eq!(shape.iter().product::<usize>(), data.len(), "parameter `{name}` of shape {shape:?}");
+        let param = Param { name: name.clone(), shape, data: Arc::new(data) };
+        if let Some(&id) = self.index.get(&name) {
+            self.params[id.0] = param;
+            return id;
+        }
+        let id = ParamId(self.params.len());
+        self.params.push(param);
+        self.index.insert(name, id);
+        id
+    }
+    /// Finds a parameter by name.
+    pub fn id(&self, name: &str) -> Option<ParamId> {
+        self.index.get(name).copied()
+    }
+    /// The parameter.
+    pub fn get(&self, id: ParamId) -> &Param {
+        &self.params[id.0]
+    }
+    /// Its values.
+    pub fn data(&self, id: ParamId) -> &[f32] {
+        &self.params[id.0].data
+    }
+    /// Its values for writing; copies them first when another model shares them.
+    pub fn data_mut(&mut self, id: ParamId) -> &mut [f32] {
+        let data: &mut Vec<f32> = Arc::make_mut(&mut self.params[id.0].data);
+        data
+    }
+    /// All parameters with their ids, in insertion order.
+    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Param)> {
+        self.params.iter().enumerate().map(|(i, p)| (ParamId(i), p))
+    }
+    /// Number of parameters (tensors).
+    pub fn len(&self) -> usize {
+        self.params.len()
+    }
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.params.is_empty()
+    }
+}
+
+/// Gradient buffers for the trainable subset of a [`ParamStore`]; the backward pass skips parameters without one.
+#[derive(Clone, Debug, Default)]
+pub struct Grads {
+    slots: Vec<Option<Vec<f32>>>,
+}
+
+impl Grads {
+    /// Zeroed buffers for `trainable`.
+    pub fn zeros(store: &ParamStore, trainable: &[ParamId]) -> Self {
+        let mut slots = vec![None; store.len()];
+        for &id in trainable {
+            slots[id.0] = Some(vec![0.0; store.data(id).len()]);
+        }
+        Self { slots }
+    }
+    /// The gradient of `id`, if it is trainable.
+    pub fn get(&self, id: ParamId) -> Option<&[f32]> {
+        self.slots.get(id.0)?.as_deref()
+    }
+    /// The gradient of `id` for adding to, if it is trainable.
+    pub fn get_mut(&mut self, id: ParamId) -> Option<&mut [f32]> {
+        self.slots.get_mut(id.0)?.as_deref_mut()
+    }
+    /// Moves a buffer out (for disjoint parallel writes); put it back with [`put`](Self::put).
+    pub fn take(&mut self, id: ParamId) -> Option<Vec<f32>> {
+        self.slots.get_mut(id.0)?.take()
+    }
+    /// Puts a buffer back.
+    pub fn put(&mut self, id: ParamId, grad: Vec<f32>) {
+        self.slots[id.0] = Some(grad);
+    }
+    /// Sets all gradients to zero.
+    pub fn clear(&mut self) {
+        self.slots.iter_mut().flatten().for_each(|g| g.fill(0.0));
+    }
+    /// Trainable ids in order.
+    pub fn ids(&self) -> impl Iterator<Item = ParamId> + '_ {
+        self.slots.iter().enumerate().filter(|(_, s)| s.is_some()).map(|(i, _)| ParamId(i))
+    }
+}
