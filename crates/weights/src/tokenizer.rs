@@ -38,7 +38,11 @@ impl Tokenizer {
         todo!()
     }
     /// Renders `messages` with the model's chat template; `Err` when the model has none.
-    pub fn apply_chat_template(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
+    pub fn apply_chat_template(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let _ = (messages, add_generation_prompt);
         todo!()
     }
