@@ -9,6 +9,7 @@ pub mod model;
 pub mod observe;
 pub mod params;
 pub mod plan;
+pub mod progress;
 pub mod sampler;
 
 pub use cache::Cache;
@@ -17,5 +18,6 @@ pub use model::{LogitRows, Model, Tape, TokenBatch};
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};
 pub use plan::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind};
+pub use progress::{Progress, Silent};
 pub use sampler::{Sampler, SamplerOptions};
 pub use weights::{Family, ModelConfig};
