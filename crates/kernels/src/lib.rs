@@ -16,11 +16,13 @@ pub mod rope;
 pub mod scan;
 pub mod ssd;
 
+pub(crate) mod simd;
+
 mod gemm;
 
 pub use exec::Exec;
 pub use gemm::{Store, Trans, gemm};
-pub use isa::Isa;
+pub use isa::{Isa, IsaLevel};
 pub use mat::{MatMut, MatRef};
 
 /// Why a kernel context could not be made.
