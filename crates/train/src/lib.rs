@@ -1,1 +1,10 @@
-//! x
+//! Training: data pipeline, optimizer, alignment of head banks, healing of hybrids, resumable checkpoints.
+//! Uses models and banks; knows nothing of terminals or reports.
+#![forbid(unsafe_code)]
+
+pub mod align;
+pub mod data;
+pub mod error;
+pub mod heal;
+
+pub use error::{Result, TrainError};
