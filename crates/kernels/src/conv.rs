@@ -1,15 +1,66 @@
 //! Short causal depthwise convolution with a carried tail.
 
 use crate::Exec;
+use crate::chunk::check_len;
+use crate::isa::dispatch;
+use crate::simd::{Simd, axpy};
+
+/// Rows per task. Fixed, so that results do not depend on the number of threads.
+const ROWS: usize = 128;
 
 /// `out[t, c] = Σ_{i<d_conv} weight[c, i] · x[t − (d_conv−1) + i, c] (+ bias[c])`. `x`, `out`: `[seq, channels]`, `weight`:
 /// `[channels, d_conv]` (the last tap is the current token). Rows before the first come from `tail`
 /// `[(d_conv−1), channels]` (oldest first), which is replaced by the last rows seen.
-pub fn short_conv(exec: &Exec, x: &[f32], weight: &[f32], bias: Option<&[f32]>, channels: usize, tail: &mut [f32], out: &mut [f32]) {
-    let _ = (exec, x, weight, bias, channels, tail, out);
-    todo!()
+///
+/// Panics when a length does not fit.
+pub fn short_conv(
+    exec: &Exec,
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    channels: usize,
+    tail: &mut [f32],
+    out: &mut [f32],
+) {
+    let d_conv = taps(x, weight, channels);
+    check_len("out", out.len(), x.len());
+    check_len("tail", tail.len(), (d_conv - 1) * channels);
+    if let Some(bias) = bias {
+        check_len("bias", bias.len(), channels);
+    }
+    let weight = transposed(weight, channels, d_conv);
+    let rows_before: &[f32] = tail;
+    exec.parallel_chunks(out, ROWS * channels, |block, out| {
+        dispatch!(exec.isa(), |s| {
+            for (row, out) in out.chunks_exact_mut(channels).enumerate() {
+                match bias {
+                    Some(bias) => out.copy_from_slice(bias),
+                    None => out.fill(0.0),
+                }
+                for (i, weight) in weight.chunks_exact(channels).enumerate() {
+                    // Row of the tail followed by x.
+                    let source = (block * ROWS + row + i) * channels;
+                    let source = match source.checked_sub(rows_before.len()) {
+                        Some(start) => &x[start..start + channels],
+                        None => &rows_before[source..source + channels],
+                    };
+                    add_product(s, weight, source, out);
+                }
+            }
+        });
+    });
+    if x.len() >= tail.len() {
+        tail.copy_from_slice(&x[x.len() - tail.len()..]);
+    } else {
+        tail.copy_within(x.len().., 0);
+        let kept = tail.len() - x.len();
+        tail[kept..].copy_from_slice(x);
+    }
 }
+
 /// Gradient of [`short_conv`] started from a zero tail; adds to `dx`, `dweight`, `dbias`.
+///
+/// Panics when a length does not fit.
 pub fn short_conv_backward(
     exec: &Exec,
     x: &[f32],
@@ -20,6 +71,88 @@ pub fn short_conv_backward(
     dweight: &mut [f32],
     dbias: Option<&mut [f32]>,
 ) {
-    let _ = (exec, x, weight, channels, dout, dx, dweight, dbias);
-    todo!()
+    let d_conv = taps(x, weight, channels);
+    check_len("dout", dout.len(), x.len());
+    check_len("dx", dx.len(), x.len());
+    check_len("dweight", dweight.len(), weight.len());
+    let seq = x.len() / channels;
+    let weight = transposed(weight, channels, d_conv);
+    exec.parallel_chunks(dx, ROWS * channels, |block, dx| {
+        dispatch!(exec.isa(), |s| {
+            for (row, dx) in dx.chunks_exact_mut(channels).enumerate() {
+                for (i, weight) in weight.chunks_exact(channels).enumerate() {
+                    let t = block * ROWS + row + d_conv - 1 - i;
+                    if t < seq {
+                        add_product(s, weight, &dout[t * channels..(t + 1) * channels], dx);
+                    }
+                }
+            }
+        });
+    });
+    // Per block `[d_conv, channels]` for the weight, then `[channels]` for the bias; summed in order.
+    let partial_sums = exec.parallel_map(seq.div_ceil(ROWS), |block| {
+        let mut sums = vec![0.0f32; (d_conv + 1) * channels];
+        dispatch!(exec.isa(), |s| {
+            let (weight_sums, bias_sums) = sums.split_at_mut(d_conv * channels);
+            for t in block * ROWS..seq.min((block + 1) * ROWS) {
+                let dout = &dout[t * channels..(t + 1) * channels];
+                for (i, sums) in weight_sums.chunks_exact_mut(channels).enumerate() {
+                    if let Some(source) = (t + i).checked_sub(d_conv - 1) {
+                        add_product(s, dout, &x[source * channels..(source + 1) * channels], sums);
+                    }
+                }
+                axpy(s, 1.0, dout, bias_sums);
+            }
+        });
+        sums
+    });
+    for sums in &partial_sums {
+        for (c, dweight) in dweight.chunks_exact_mut(d_conv).enumerate() {
+            for (i, dweight) in dweight.iter_mut().enumerate() {
+                *dweight += sums[i * channels + c];
+            }
+        }
+    }
+    if let Some(dbias) = dbias {
+        check_len("dbias", dbias.len(), channels);
+        for sums in &partial_sums {
+            for (dbias, sum) in dbias.iter_mut().zip(&sums[d_conv * channels..]) {
+                *dbias += sum;
+            }
+        }
+    }
 }
+
+/// `d_conv`, after checking that the shapes fit.
+fn taps(x: &[f32], weight: &[f32], channels: usize) -> usize {
+    assert!(channels > 0, "a convolution over 0 channels");
+    let d_conv = weight.len() / channels;
+    assert!(d_conv > 0, "a convolution with 0 taps");
+    check_len("weight", weight.len(), channels * d_conv);
+    check_len("x", x.len(), x.len() / channels * channels);
+    d_conv
+}
+
+/// `[channels, d_conv]` to `[d_conv, channels]`, so that channels are the vector dimension.
+fn transposed(weight: &[f32], channels: usize, d_conv: usize) -> Vec<f32> {
+    let mut out = vec![0.0; weight.len()];
+    for c in 0..channels {
+        for i in 0..d_conv {
+            out[i * channels + c] = weight[c * d_conv + i];
+        }
+    }
+    out
+}
+
+/// `out += a ⊙ b`.
+#[inline(always)]
+fn add_product<S: Simd>(s: S, a: &[f32], b: &[f32], out: &mut [f32]) {
+    assert_eq!(a.len(), out.len());
+    assert_eq!(b.len(), out.len());
+    for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+        *out = s.fma(a, b, *out);
+    }
+}
+
+#[cfg(test)]
+mod tests;

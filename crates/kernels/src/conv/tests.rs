@@ -1,0 +1,125 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::chunk::testing::{LENGTHS, assert_close, assert_gradient, execs, inner, random, rng, wide};
+use crate::naive;
+
+/// A few f32 roundings per tap; the weight gradient sums 500 of them.
+const TOLERANCE: f64 = 3e-6;
+
+struct Case {
+    channels: usize,
+    x: Vec<f32>,
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    tail: Vec<f32>,
+    dout: Vec<f32>,
+}
+
+fn case(seq: usize, channels: usize, d_conv: usize) -> Case {
+    let mut rng = rng((seq * 1000 + channels * 10 + d_conv) as u64);
+    let mut random = |n| random(&mut rng, n, -1.0, 1.0);
+    Case {
+        channels,
+        x: random(seq * channels),
+        weight: random(channels * d_conv),
+        bias: random(channels),
+        tail: random((d_conv - 1) * channels),
+        dout: random(seq * channels),
+    }
+}
+
+#[test]
+fn agrees_with_naive() {
+    for exec in execs() {
+        for seq in LENGTHS {
+            for d_conv in [1, 2, 4] {
+                for channels in [1, 5, 64] {
+                    let case = case(seq, channels, d_conv);
+                    for bias in [None, Some(&case.bias[..])] {
+                        let wide_bias = bias.map(wide);
+                        let (expected, expected_tail) = naive::conv::short_conv(
+                            &wide(&case.x),
+                            &wide(&case.weight),
+                            wide_bias.as_deref(),
+                            channels,
+                            &wide(&case.tail),
+                        );
+                        let mut tail = case.tail.clone();
+                        let mut out = vec![f32::NAN; seq * channels];
+                        short_conv(&exec, &case.x, &case.weight, bias, channels, &mut tail, &mut out);
+                        assert_close("out", &out, &expected, TOLERANCE);
+                        assert_eq!(wide(&tail), expected_tail);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradient_agrees_with_naive() {
+    for exec in execs() {
+        for seq in LENGTHS {
+            for d_conv in [1, 2, 4] {
+                let case = case(seq, 5, d_conv);
+                let (dx, dweight, dbias) = naive::conv::short_conv_backward(
+                    &wide(&case.x),
+                    &wide(&case.weight),
+                    5,
+                    &wide(&case.dout),
+                );
+                // Gradients are added to what is there.
+                let plus_one = |grad: &[f64]| grad.iter().map(|grad| grad + 1.0).collect::<Vec<_>>();
+                let mut found = [vec![1.0; seq * 5], vec![1.0; 5 * d_conv], vec![1.0; 5]];
+                let [x, weight, bias] = &mut found;
+                short_conv_backward(&exec, &case.x, &case.weight, 5, &case.dout, x, weight, Some(bias));
+                assert_close("dx", x, &plus_one(&dx), TOLERANCE);
+                assert_close("dweight", weight, &plus_one(&dweight), TOLERANCE);
+                assert_close("dbias", bias, &plus_one(&dbias), TOLERANCE);
+                let (mut x, mut weight) = (vec![0.0; seq * 5], vec![0.0; 5 * d_conv]);
+                short_conv_backward(&exec, &case.x, &case.weight, 5, &case.dout, &mut x, &mut weight, None);
+                assert_close("dx", &x, &dx, TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn naive_gradient_is_the_derivative() {
+    for d_conv in [1, 2, 4] {
+        let case = case(6, 2, d_conv);
+        let dout = wide(&case.dout);
+        let data = [wide(&case.x), wide(&case.weight), wide(&case.bias)];
+        let loss = |data: &[Vec<f64>; 3]| {
+            let tail = vec![0.0; (d_conv - 1) * 2];
+            inner(&naive::conv::short_conv(&data[0], &data[1], Some(&data[2]), 2, &tail).0, &dout)
+        };
+        let (dx, dweight, dbias) = naive::conv::short_conv_backward(&data[0], &data[1], 2, &dout);
+        for (i, grad) in [dx, dweight, dbias].iter().enumerate() {
+            assert_gradient("conv", &data, |data| &mut data[i], loss, grad);
+        }
+    }
+}
+
+proptest! {
+    /// Any split into two calls carries the tail, however short the parts.
+    #[test]
+    fn split_calls_agree(seq in 0usize..12, cut in 0usize..12, d_conv in 1usize..6, channels in 1usize..20) {
+        let cut = cut.min(seq);
+        let case = case(seq, channels, d_conv);
+        for exec in execs() {
+            let run = |parts: &[&[f32]]| {
+                let (mut tail, mut all) = (case.tail.clone(), Vec::new());
+                for x in parts {
+                    let mut out = vec![f32::NAN; x.len()];
+                    short_conv(&exec, x, &case.weight, Some(&case.bias), case.channels, &mut tail, &mut out);
+                    all.extend(out);
+                }
+                (all, tail)
+            };
+            let (first, second) = case.x.split_at(cut * channels);
+            prop_assert_eq!(run(&[&case.x]), run(&[first, second]));
+        }
+    }
+}
