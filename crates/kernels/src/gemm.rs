@@ -1,5 +1,8 @@
-//! Matrix products, all shapes, through one entry point.
+//! Matrix products, all shapes, through one entry point: the `gemm` crate for large ones, our own kernels for few rows
+//! (decoding) and for the scalar instruction set.
 
+use crate::isa::{IsaLevel, dispatch};
+use crate::simd::{self, Simd};
 use crate::{Exec, MatMut, MatRef};
 
 /// Whether an operand is used as stored or transposed.
@@ -20,10 +23,273 @@ pub enum Store {
     Accumulate,
 }
 
+/// Up to this many output rows our own kernel, which reads each weight once and packs nothing, is used.
+const MAX_SKINNY_ROWS: usize = 8;
+/// Below this many multiply-adds waking another thread costs more than it gains.
+const MIN_PARALLEL_WORK: usize = 64 * 1024;
+
 /// `out = alpha · op(a) · op(b)` (or `+=`). `out` is `[m, n]`, `op(a)` `[m, k]`, `op(b)` `[k, n]`; any of them may be a
 /// strided view. With weights stored `[out_features, in_features]`, a linear layer is `gemm(x, No, w, Yes)`.
 /// Panics when the shapes do not fit. `k == 0` gives zeros (or leaves `out` when accumulating).
-pub fn gemm(exec: &Exec, out: MatMut<'_>, a: MatRef<'_>, ta: Trans, b: MatRef<'_>, tb: Trans, alpha: f32, store: Store) {
-    let _ = (exec, out, a, ta, b, tb, alpha, store);
-    todo!()
+///
+/// The result depends on the instruction set but not on the number of threads. With AVX2 forced, the `gemm` crate still
+/// picks its own best instruction set for more than 8 rows; the scalar one avoids it altogether.
+pub fn gemm(
+    exec: &Exec,
+    mut out: MatMut<'_>,
+    a: MatRef<'_>,
+    ta: Trans,
+    b: MatRef<'_>,
+    tb: Trans,
+    alpha: f32,
+    store: Store,
+) {
+    let (m, n) = (out.rows(), out.cols());
+    let (rows_a, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
+    let (rows_b, cols_b) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
+    assert!(
+        rows_a == m && rows_b == k && cols_b == n,
+        "out [{m}, {n}] = op(a) [{rows_a}, {k}] · op(b) [{rows_b}, {cols_b}]"
+    );
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        if store == Store::Overwrite {
+            (0..m).for_each(|i| out.row_mut(i).fill(0.0));
+        }
+        return;
+    }
+    let product = Product { a, ta, b, tb, alpha, store, k };
+    if m <= MAX_SKINNY_ROWS && ta == Trans::No {
+        product.skinny(exec, out);
+    } else if exec.isa().level() == IsaLevel::Scalar {
+        product.plain(exec, out);
+    } else {
+        product.blocked(exec, out);
+    }
 }
+
+/// The right-hand side of one call, shapes checked, `k > 0`.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    a: MatRef<'a>,
+    ta: Trans,
+    b: MatRef<'a>,
+    tb: Trans,
+    alpha: f32,
+    store: Store,
+    k: usize,
+}
+
+impl Product<'_> {
+    /// The `gemm` crate's packed, cache-blocked product.
+    fn blocked(&self, exec: &Exec, mut out: MatMut<'_>) {
+        let (m, n, k) = (out.rows(), out.cols(), self.k);
+        let strides = |mat: &MatRef<'_>, trans| match trans {
+            Trans::No => (1, mat.row_stride() as isize),
+            Trans::Yes => (mat.row_stride() as isize, 1),
+        };
+        let (a_cols, a_rows) = strides(&self.a, self.ta);
+        let (b_cols, b_rows) = strides(&self.b, self.tb);
+        let accumulate = self.store == Store::Accumulate;
+        let serial = exec.threads() == 1 || m * n * k < MIN_PARALLEL_WORK;
+        let parallelism =
+            if serial { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(exec.threads()) };
+        let out_stride = out.row_stride() as isize;
+        let out = SendPtr(out.data_mut().as_mut_ptr());
+        let call = move || {
+            let out = out;
+            // SAFETY: `MatRef` and `MatMut` checked that their slices hold every element these shapes and strides
+            // address, `gemm` above checked that the shapes agree, and `out` is exclusively borrowed for this call.
+            unsafe {
+                gemm::gemm(
+                    m,
+                    n,
+                    k,
+                    out.get(),
+                    1,
+                    out_stride,
+                    accumulate,
+                    self.a.data().as_ptr(),
+                    a_cols,
+                    a_rows,
+                    self.b.data().as_ptr(),
+                    b_cols,
+                    b_rows,
+                    1.0,
+                    self.alpha,
+                    false,
+                    false,
+                    false,
+                    parallelism,
+                );
+            }
+        };
+        if serial { call() } else { exec.install(call) }
+    }
+
+    /// A plain product, row by row: no packing, no explicit SIMD beyond the dispatched instruction set.
+    fn plain(&self, exec: &Exec, out: MatMut<'_>) {
+        let (m, n, k) = (out.rows(), out.cols(), self.k);
+        let exec = if m * n * k < MIN_PARALLEL_WORK { &exec.single() } else { exec };
+        exec.parallel_items(out.into_rows(), |i, out| {
+            let a: Vec<f32> = match self.ta {
+                Trans::No => self.a.row(i).iter().map(|&a| self.alpha * a).collect(),
+                Trans::Yes => (0..k).map(|p| self.alpha * self.a.row(p)[i]).collect(),
+            };
+            dispatch!(exec.isa(), |s| self.plain_row(s, &a, out));
+        });
+    }
+
+    #[inline(always)]
+    fn plain_row<S: Simd>(&self, s: S, a: &[f32], out: &mut [f32]) {
+        if self.store == Store::Overwrite {
+            out.fill(0.0);
+        }
+        match self.tb {
+            Trans::No => a.iter().enumerate().for_each(|(p, &a)| simd::axpy(s, a, self.b.row(p), out)),
+            Trans::Yes => out.iter_mut().enumerate().for_each(|(j, o)| *o += simd::dot(s, a, self.b.row(j))),
+        }
+    }
+
+    /// Few rows: every value of `b` is loaded once for all of them; parallel over columns of the output.
+    fn skinny(&self, exec: &Exec, out: MatMut<'_>) {
+        let (m, n) = (out.rows(), out.cols());
+        // Whole cache lines of the output per task; the arithmetic of one element does not depend on the split.
+        let (serial, width) = match m * n * self.k < MIN_PARALLEL_WORK {
+            true => (true, n),
+            false => (false, n.div_ceil(2 * exec.threads()).next_multiple_of(16)),
+        };
+        let mut tasks: Vec<Vec<&mut [f32]>> = (0..n.div_ceil(width)).map(|_| Vec::with_capacity(m)).collect();
+        for row in out.into_rows() {
+            for (task, part) in tasks.iter_mut().zip(row.chunks_mut(width)) {
+                task.push(part);
+            }
+        }
+        let run = |i: usize, mut part: Vec<&mut [f32]>| {
+            dispatch!(exec.isa(), |s| match self.tb {
+                Trans::Yes => self.skinny_dots(s, i * width, &mut part),
+                Trans::No => self.skinny_axpys(s, i * width, &mut part),
+            });
+        };
+        if serial {
+            tasks.into_iter().enumerate().for_each(|(i, part)| run(i, part));
+        } else {
+            exec.parallel_items(tasks, run);
+        }
+    }
+
+    /// Output columns from `j0` on as dot products with rows of `b`, four rows of `b` at a time.
+    #[inline(always)]
+    fn skinny_dots<S: Simd>(&self, s: S, j0: usize, out: &mut [&mut [f32]]) {
+        let cols = out[0].len();
+        let mut j = 0;
+        while j < cols {
+            let wide = cols - j >= 4;
+            for i0 in (0..out.len()).step_by(4) {
+                let group = (out.len() - i0).min(4);
+                match (wide, group) {
+                    (true, 4) => self.dot_tile::<S, 4, 4, 1>(s, i0, j0, j, out),
+                    (true, 3) => self.dot_tile::<S, 3, 4, 1>(s, i0, j0, j, out),
+                    (true, 2) => self.dot_tile::<S, 2, 4, 2>(s, i0, j0, j, out),
+                    (true, _) => self.dot_tile::<S, 1, 4, 2>(s, i0, j0, j, out),
+                    (false, 4) => self.dot_tile::<S, 4, 1, 1>(s, i0, j0, j, out),
+                    (false, 3) => self.dot_tile::<S, 3, 1, 1>(s, i0, j0, j, out),
+                    (false, 2) => self.dot_tile::<S, 2, 1, 2>(s, i0, j0, j, out),
+                    (false, _) => self.dot_tile::<S, 1, 1, 2>(s, i0, j0, j, out),
+                }
+            }
+            j += if wide { 4 } else { 1 };
+        }
+    }
+
+    /// `M × N` outputs at rows `i0..`, local columns `j..`, each summed in `U` vectors.
+    #[inline(always)]
+    fn dot_tile<S: Simd, const M: usize, const N: usize, const U: usize>(
+        &self,
+        s: S,
+        i0: usize,
+        j0: usize,
+        j: usize,
+        out: &mut [&mut [f32]],
+    ) {
+        let a: [&[f32]; M] = std::array::from_fn(|i| self.a.row(i0 + i));
+        let b: [&[f32]; N] = std::array::from_fn(|n| self.b.row(j0 + j + n));
+        let step = U * S::LANES;
+        let whole = self.k / step * step;
+        let mut acc = [[[s.splat(0.0); U]; N]; M];
+        for p in (0..whole).step_by(step) {
+            for u in 0..U {
+                let at = p + u * S::LANES..p + (u + 1) * S::LANES;
+                let w: [S::V; N] = std::array::from_fn(|n| s.load(&b[n][at.clone()]));
+                for (acc, a) in acc.iter_mut().zip(&a) {
+                    let x = s.load(&a[at.clone()]);
+                    for (acc, &w) in acc.iter_mut().zip(&w) {
+                        acc[u] = s.mul_add(x, w, acc[u]);
+                    }
+                }
+            }
+        }
+        for (i, acc) in acc.iter().enumerate() {
+            for (n, acc) in acc.iter().enumerate() {
+                let mut total = acc[0];
+                for &part in &acc[1..] {
+                    total = s.add(total, part);
+                }
+                let mut sum = s.sum(total);
+                for (&a, &b) in a[i][whole..].iter().zip(&b[n][whole..]) {
+                    sum = s.fma(a, b, sum);
+                }
+                let out = &mut out[i0 + i][j + n];
+                *out =
+                    if self.store == Store::Overwrite { self.alpha * sum } else { *out + self.alpha * sum };
+            }
+        }
+    }
+
+    /// Output columns from `j0` on as sums of scaled rows of `b`.
+    #[inline(always)]
+    fn skinny_axpys<S: Simd>(&self, s: S, j0: usize, out: &mut [&mut [f32]]) {
+        let cols = out[0].len();
+        if self.store == Store::Overwrite {
+            out.iter_mut().for_each(|row| row.fill(0.0));
+        }
+        // Four rows of `b` per pass, so that the output is loaded and stored a quarter as often.
+        let whole = self.k / 4 * 4;
+        for p in (0..whole).step_by(4) {
+            let b: [&[f32]; 4] = std::array::from_fn(|u| &self.b.row(p + u)[j0..j0 + cols]);
+            for (i, out) in out.iter_mut().enumerate() {
+                let a = &self.a.row(i)[p..p + 4];
+                let a: [f32; 4] = std::array::from_fn(|u| self.alpha * a[u]);
+                for (j, out) in out[..cols].iter_mut().enumerate() {
+                    let low = s.fma(a[1], b[1][j], a[0] * b[0][j]);
+                    let high = s.fma(a[3], b[3][j], a[2] * b[2][j]);
+                    *out += low + high;
+                }
+            }
+        }
+        for p in whole..self.k {
+            let b = &self.b.row(p)[j0..j0 + cols];
+            for (i, out) in out.iter_mut().enumerate() {
+                simd::axpy(s, self.alpha * self.a.row(i)[p], b, out);
+            }
+        }
+    }
+}
+
+/// A pointer that may move to the pool's thread together with the exclusive borrow it came from.
+#[derive(Clone, Copy)]
+struct SendPtr(*mut f32);
+
+// SAFETY: made in `blocked` from an exclusive borrow that outlives the call it is sent to.
+unsafe impl Send for SendPtr {}
+
+impl SendPtr {
+    fn get(self) -> *mut f32 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,9 +16,12 @@ pub mod rope;
 pub mod scan;
 pub mod ssd;
 
+pub(crate) mod chunk;
 pub(crate) mod simd;
 
 mod gemm;
+#[cfg(test)]
+mod testing;
 
 pub use exec::Exec;
 pub use gemm::{Store, Trans, gemm};
