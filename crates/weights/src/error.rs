@@ -1,6 +1,6 @@
 //! The crate's one error type.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a checkpoint could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -72,3 +72,25 @@ pub enum WeightsError {
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, WeightsError>;
+
+impl WeightsError {
+    /// Wraps the system's error with the path concerned.
+    pub(crate) fn io(path: impl AsRef<Path>) -> impl Fn(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { path: path.clone(), source }
+    }
+
+    pub(crate) fn malformed(path: &Path, format: &'static str, reason: impl Into<String>) -> Self {
+        Self::Malformed { path: path.to_path_buf(), format, reason: reason.into() }
+    }
+
+    /// Puts the real path into an error made where it was not known.
+    pub(crate) fn at(self, path: &Path) -> Self {
+        match self {
+            Self::Malformed { format, reason, .. } => {
+                Self::Malformed { path: path.to_path_buf(), format, reason }
+            }
+            other => other,
+        }
+    }
+}

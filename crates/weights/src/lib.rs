@@ -1,8 +1,14 @@
 //! Checkpoints as they lie on disk or on a hub: formats, configurations, tokenizers, chat templates, model sources.
 //! Knows bytes, names and shapes; knows nothing of layers or arithmetic.
+#![deny(unsafe_code)]
 
 pub mod config;
+mod dequant;
 pub mod error;
+pub mod files;
+#[allow(unsafe_code)]
+pub mod mmap;
+pub mod safetensors;
 pub mod source;
 pub mod tensors;
 pub mod tokenizer;
