@@ -1,17 +1,131 @@
 //! Losses over rows of logits, with gradients.
 
 use crate::Exec;
+use crate::isa::dispatch;
+use crate::simd::{self, Simd, sum_by};
+
+/// The target that [`cross_entropy`] ignores.
+pub const IGNORED: u32 = u32::MAX;
+
+/// Values summed in f32 before the sum joins an f64 total, so that long vocabularies lose no accuracy.
+const BLOCK: usize = 1024;
 
 /// Negative log-likelihood (nats) of `targets[r]` under row `r` of `logits` `[rows, vocab]`, one value per row in `nll`.
-/// With `dlogits`, overwrites it with `weight · (softmax − onehot)`. A target of `u32::MAX` is ignored: zero loss, zero
-/// gradient.
-pub fn cross_entropy(exec: &Exec, logits: &[f32], vocab: usize, targets: &[u32], weight: f32, nll: &mut [f32], dlogits: Option<&mut [f32]>) {
-    let _ = (exec, logits, vocab, targets, weight, nll, dlogits);
-    todo!()
+/// With `dlogits`, overwrites it with `weight · (softmax − onehot)`. A target of [`IGNORED`] (`u32::MAX`) is ignored:
+/// zero loss, zero gradient. Panics when a target is not below `vocab` or the sizes do not fit.
+pub fn cross_entropy(
+    exec: &Exec,
+    logits: &[f32],
+    vocab: usize,
+    targets: &[u32],
+    weight: f32,
+    nll: &mut [f32],
+    dlogits: Option<&mut [f32]>,
+) {
+    let rows = targets.len();
+    assert!(
+        logits.len() == rows * vocab && nll.len() == rows,
+        "cross_entropy: {rows} rows of {vocab} logits"
+    );
+    exec.parallel_items(row_tasks(nll, dlogits, vocab), |r, (nll, dlogits)| {
+        let (row, target) = (&logits[r * vocab..][..vocab], targets[r]);
+        if target == IGNORED {
+            *nll = 0.0;
+            if let Some(dlogits) = dlogits {
+                dlogits.fill(0.0);
+            }
+            return;
+        }
+        assert!((target as usize) < vocab, "target {target} is not below the vocabulary's {vocab}");
+        dispatch!(exec.isa(), |s| {
+            let norm = Softmax::of(s, row);
+            *nll = ((norm.log_sum) - f64::from(row[target as usize] - norm.max)) as f32;
+            if let Some(dlogits) = dlogits {
+                let scale = weight * norm.inv_sum;
+                for (d, &x) in dlogits.iter_mut().zip(row) {
+                    *d = scale * simd::exp(s, x - norm.max);
+                }
+                dlogits[target as usize] -= weight;
+            }
+        });
+    });
 }
+
 /// `KL(teacher ‖ student)` in nats per row, of the softmaxes of two `[rows, vocab]` logit matrices. With `dlogits`, **adds**
-/// `weight · (softmax(student) − softmax(teacher))`.
-pub fn kl_divergence(exec: &Exec, teacher: &[f32], student: &[f32], vocab: usize, weight: f32, kl: &mut [f32], dlogits: Option<&mut [f32]>) {
-    let _ = (exec, teacher, student, vocab, weight, kl, dlogits);
-    todo!()
+/// `weight · (softmax(student) − softmax(teacher))`. Panics when the sizes do not fit.
+pub fn kl_divergence(
+    exec: &Exec,
+    teacher: &[f32],
+    student: &[f32],
+    vocab: usize,
+    weight: f32,
+    kl: &mut [f32],
+    dlogits: Option<&mut [f32]>,
+) {
+    let rows = kl.len();
+    let fits = teacher.len() == rows * vocab && student.len() == rows * vocab;
+    assert!(fits, "kl_divergence: {rows} rows of {vocab} logits");
+    exec.parallel_items(row_tasks(kl, dlogits, vocab), |r, (kl, dlogits)| {
+        let (teacher, student) = (&teacher[r * vocab..][..vocab], &student[r * vocab..][..vocab]);
+        dispatch!(exec.isa(), |s| {
+            let (norm_t, norm_s) = (Softmax::of(s, teacher), Softmax::of(s, student));
+            // log p − log q of one token is (t − max_t) − (s − max_s) − offset; the small differences are formed first.
+            let offset = (norm_t.log_sum - norm_s.log_sum) as f32;
+            let sum = block_sums(vocab, |i| {
+                let (t, q) = (teacher[i] - norm_t.max, student[i] - norm_s.max);
+                let p = simd::exp(s, t);
+                // A token of no teacher probability counts 0, also when both logits are -inf.
+                if p > 0.0 { p * ((t - q) - offset) } else { 0.0 }
+            });
+            *kl = (sum * f64::from(norm_t.inv_sum)) as f32;
+            if let Some(dlogits) = dlogits {
+                for ((d, &t), &q) in dlogits.iter_mut().zip(teacher).zip(student) {
+                    let p = norm_t.inv_sum * simd::exp(s, t - norm_t.max);
+                    *d += weight * (norm_s.inv_sum * simd::exp(s, q - norm_s.max) - p);
+                }
+            }
+        });
+    });
 }
+
+/// One row's output and, when wanted, its gradient.
+type RowTask<'a> = (&'a mut f32, Option<&'a mut [f32]>);
+
+fn row_tasks<'a>(out: &'a mut [f32], dlogits: Option<&'a mut [f32]>, vocab: usize) -> Vec<RowTask<'a>> {
+    match dlogits {
+        None => out.iter_mut().map(|out| (out, None)).collect(),
+        Some(dlogits) => {
+            assert_eq!(dlogits.len(), out.len() * vocab, "loss: dlogits");
+            out.iter_mut().zip(dlogits.chunks_mut(vocab.max(1)).map(Some)).collect()
+        }
+    }
+}
+
+/// What turns one row of logits into probabilities: `p = exp(x − max) · inv_sum`.
+struct Softmax {
+    max: f32,
+    inv_sum: f32,
+    log_sum: f64,
+}
+
+impl Softmax {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, row: &[f32]) -> Self {
+        let max = simd::max(row);
+        let sum = block_sums(row.len(), |i| simd::exp(s, row[i] - max));
+        Self { max, inv_sum: (1.0 / sum) as f32, log_sum: sum.ln() }
+    }
+}
+
+/// Sum of `term(0..n)`: vector lanes of f32 within a block, f64 across blocks.
+#[inline(always)]
+fn block_sums(n: usize, term: impl Fn(usize) -> f32) -> f64 {
+    let mut total = 0.0;
+    for start in (0..n).step_by(BLOCK) {
+        total += f64::from(sum_by((n - start).min(BLOCK), |i| term(start + i)));
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests;
