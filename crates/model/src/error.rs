@@ -19,6 +19,15 @@ pub enum ModelError {
         /// Shape found, or `nothing`.
         found: String,
     },
+    /// The checkpoint holds a parameter of a layer that the configuration and plan know nothing of; leaving it out would
+    /// silently compute another model.
+    #[error(
+        "parameter `{name}` is no part of the model\nhint: the configuration or head plan does not belong to these weights"
+    )]
+    Unexpected {
+        /// Full parameter name.
+        name: String,
+    },
     /// A token id is outside the vocabulary.
     #[error("token id {token} at position {position} is outside the vocabulary of {vocab}")]
     Token {
@@ -30,7 +39,9 @@ pub enum ModelError {
         vocab: usize,
     },
     /// More tokens than the model's context limit.
-    #[error("{requested} tokens exceed the model's context of {limit}\nhint: shorten the input, or allow longer contexts explicitly")]
+    #[error(
+        "{requested} tokens exceed the model's context of {limit}\nhint: shorten the input, or allow longer contexts explicitly"
+    )]
     Context {
         /// Position that would be reached.
         requested: usize,

@@ -24,6 +24,12 @@ pub struct AttnView<'a> {
 pub trait LayerObserver {
     /// Sees the attention block of one layer.
     fn attention(&mut self, view: AttnView<'_>);
+    /// Whether [`attention`](Self::attention) is to be called for `layer`; the pass saves work for layers nobody looks at
+    /// (default: always).
+    fn wants(&self, layer: usize) -> bool {
+        let _ = layer;
+        true
+    }
     /// Layers after this one need not run; the pass stops early when every observer is done (default: never).
     fn last_layer(&self) -> Option<usize> {
         None
@@ -41,6 +47,9 @@ pub struct NoObserver;
 
 impl LayerObserver for NoObserver {
     fn attention(&mut self, _: AttnView<'_>) {}
+    fn wants(&self, _: usize) -> bool {
+        false
+    }
 }
 
 impl GradObserver for NoObserver {

@@ -22,6 +22,10 @@ impl Param {
     pub fn data(&self) -> &[f32] {
         &self.data
     }
+    /// Whether both parameters are backed by the same memory.
+    pub fn shares_with(&self, other: &Param) -> bool {
+        Arc::ptr_eq(&self.data, &other.data)
+    }
 }
 
 /// All parameters of a model. Cloning shares the values; [`data_mut`](Self::data_mut) copies on first write.
@@ -45,6 +49,12 @@ impl ParamStore {
         self.params.push(param);
         self.index.insert(name, id);
         id
+    }
+    /// Adds `param` without copying its values.
+    pub(crate) fn share(&mut self, param: &Param) {
+        assert!(self.id(&param.name).is_none(), "parameter `{}` is already there", param.name);
+        self.index.insert(param.name.clone(), ParamId(self.params.len()));
+        self.params.push(param.clone());
     }
     /// Finds a parameter by name.
     pub fn id(&self, name: &str) -> Option<ParamId> {

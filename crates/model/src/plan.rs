@@ -1,9 +1,12 @@
 //! HeadPlan: which KV group of which layer is attention and which is recurrent. The spine of the system.
 //! A person can read and edit the JSON; nothing else decides which head is which.
 
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 use serde::{Deserialize, Serialize};
 use weights::{Family, ModelConfig};
+
+#[cfg(test)]
+mod tests;
 
 /// The recurrent part of a converted group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -122,34 +125,204 @@ pub struct HeadPlan {
     pub layers: Vec<LayerPlan>,
 }
 
+/// The plan format this crate reads and writes.
+pub const PLAN_VERSION: u32 = 1;
+/// Longest plan JSON that is parsed, far above a plan for any model (a group takes about 50 bytes).
+pub const MAX_PLAN_BYTES: usize = 16 << 20;
+/// Largest local window.
+pub const MAX_WINDOW: usize = 65_536;
+/// Most sinks.
+pub const MAX_SINKS: usize = 4_096;
+/// Largest state of the `mamba` mixer.
+pub const MAX_MAMBA_STATE: usize = 256;
+/// Most taps of the short convolution.
+pub const MAX_CONV: usize = 8;
+
+fn bad<T>(reason: String) -> Result<T> {
+    Err(ModelError::Plan(reason))
+}
+
+fn expect_eq<T: PartialEq + std::fmt::Display>(what: &str, expected: T, found: T) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    bad(format!("made for another model: {what} is {found} in the plan, {expected} in the model"))
+}
+
+impl RecurrentKind {
+    /// The name used in plans and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Mamba => "mamba",
+            Self::Mamba2 => "mamba2",
+            Self::GatedDelta => "gated-delta",
+        }
+    }
+}
+
+impl MixerSpec {
+    /// Checks that the sizes are in range and fit heads of `head_dim` values.
+    ///
+    /// # Errors
+    /// [`ModelError::Plan`] naming the field, the allowed range and what was found.
+    pub fn validate(&self, head_dim: usize) -> Result<()> {
+        let Self { recurrent, window, sinks, d_state, d_conv } = *self;
+        let kind = recurrent.name();
+        if window > MAX_WINDOW {
+            return bad(format!("mixer window is {window}, at most {MAX_WINDOW} is supported"));
+        }
+        if sinks > MAX_SINKS {
+            return bad(format!("mixer sinks is {sinks}, at most {MAX_SINKS} is supported"));
+        }
+        if sinks > 0 && window == 0 {
+            return bad(format!("mixer has {sinks} sinks but no window; sinks need a window of at least 1"));
+        }
+        let state_range = match recurrent {
+            RecurrentKind::None if window == 0 => {
+                return bad("mixer `none` needs a window of at least 1, found 0".into());
+            }
+            RecurrentKind::None => 0..=0,
+            RecurrentKind::Mamba => 1..=MAX_MAMBA_STATE,
+            RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => head_dim..=head_dim,
+        };
+        if !state_range.contains(&d_state) {
+            let (low, high) = state_range.into_inner();
+            return bad(format!(
+                "mixer `{kind}` has d_state {d_state}, expected {}",
+                describe_range(low, high)
+            ));
+        }
+        let (low, high) = if recurrent == RecurrentKind::None { (0, 0) } else { (1, MAX_CONV) };
+        if !(low..=high).contains(&d_conv) {
+            return bad(format!(
+                "mixer `{kind}` has d_conv {d_conv}, expected {}",
+                describe_range(low, high)
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn describe_range(low: usize, high: usize) -> String {
+    if low == high { low.to_string() } else { format!("{low} to {high}") }
+}
+
+impl PlanModel {
+    /// The identity of `config`.
+    pub fn of(config: &ModelConfig) -> Self {
+        Self {
+            family: config.family,
+            layers: config.layers,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+}
+
 impl HeadPlan {
     /// The plan that keeps everything.
     pub fn empty(config: &ModelConfig) -> Self {
-        let _ = config;
-        todo!()
+        let group = GroupPlan { mixer: GroupMixer::Attention, score: None };
+        Self {
+            version: PLAN_VERSION,
+            model: PlanModel::of(config),
+            criterion: None,
+            beta: 0.0,
+            keep_at_least_per_layer: 0,
+            mixer: None,
+            layers: vec![LayerPlan { groups: vec![group; config.kv_heads] }; config.layers],
+        }
     }
-    /// Parses and validates against `config`; every mismatch is an error that says what was expected.
+
+    /// Parses and validates against `config`; every mismatch is an error that says what was expected. Safe on
+    /// hostile text: its length is bounded and nothing is sized by a number in it.
+    ///
+    /// # Errors
+    /// [`ModelError::Plan`] for text that is too long or no plan, another version, and everything that
+    /// [`validate`](Self::validate) refuses.
     pub fn from_json(json: &str, config: &ModelConfig) -> Result<Self> {
-        let _ = (json, config);
-        todo!()
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        if json.len() > MAX_PLAN_BYTES {
+            return bad(format!("{} bytes of JSON, at most {MAX_PLAN_BYTES} are read", json.len()));
+        }
+        // The version first: a newer plan should say that it is newer, not that it has unknown fields.
+        let Version { version } =
+            serde_json::from_str(json).map_err(|e| ModelError::Plan(format!("not a plan: {e}")))?;
+        if version != PLAN_VERSION {
+            return bad(format!("version {version}, expected {PLAN_VERSION}"));
+        }
+        let plan: Self =
+            serde_json::from_str(json).map_err(|e| ModelError::Plan(format!("not a plan: {e}")))?;
+        plan.validate(config)?;
+        Ok(plan)
     }
-    /// Checks the plan against a model (shape, spec ranges, at least the structure of [`MixerSpec`]).
+
+    /// Checks the plan against a model: version, the model's sizes, number of layers and groups, the mixer's ranges, and that a
+    /// mixer is given when a group is converted.
+    ///
+    /// # Errors
+    /// [`ModelError::Plan`] saying what was expected and found.
     pub fn validate(&self, config: &ModelConfig) -> Result<()> {
-        let _ = config;
-        todo!()
+        if self.version != PLAN_VERSION {
+            return bad(format!("version {}, expected {PLAN_VERSION}", self.version));
+        }
+        let (expected, found) = (PlanModel::of(config), &self.model);
+        expect_eq("family", expected.family.model_type(), found.family.model_type())?;
+        expect_eq("layers", expected.layers, found.layers)?;
+        expect_eq("heads", expected.heads, found.heads)?;
+        expect_eq("kv_heads", expected.kv_heads, found.kv_heads)?;
+        expect_eq("head_dim", expected.head_dim, found.head_dim)?;
+        if self.layers.len() != config.layers {
+            return bad(format!("lists {} layers, the model has {}", self.layers.len(), config.layers));
+        }
+        if !(0.0..=1.0).contains(&self.beta) {
+            return bad(format!("beta is {}, expected 0 to 1", self.beta));
+        }
+        for (layer, LayerPlan { groups }) in self.layers.iter().enumerate() {
+            if groups.len() != config.kv_heads {
+                return bad(format!(
+                    "layer {layer} lists {} groups, the model has {}",
+                    groups.len(),
+                    config.kv_heads
+                ));
+            }
+            let kept = groups.iter().filter(|g| g.mixer == GroupMixer::Attention).count();
+            if kept < self.keep_at_least_per_layer {
+                return bad(format!(
+                    "layer {layer} keeps {kept} attention groups, keep_at_least_per_layer is {}",
+                    self.keep_at_least_per_layer
+                ));
+            }
+        }
+        match &self.mixer {
+            Some(spec) => spec.validate(config.head_dim),
+            None if self.converted() > 0 => {
+                bad(format!("{} groups are converted but no mixer is given", self.converted()))
+            }
+            None => Ok(()),
+        }
     }
+
     /// Pretty JSON.
     pub fn to_json(&self) -> String {
-        todo!()
+        serde_json::to_string_pretty(self).expect("a plan holds only strings, numbers and lists")
     }
+
     /// Whether `group` of `layer` is recurrent.
     pub fn is_converted(&self, layer: usize, group: usize) -> bool {
         self.layers[layer].groups[group].mixer == GroupMixer::Recurrent
     }
+
     /// Number of converted groups in all layers.
     pub fn converted(&self) -> usize {
         self.layers.iter().flat_map(|l| &l.groups).filter(|g| g.mixer == GroupMixer::Recurrent).count()
     }
+
     /// Number of groups in all layers.
     pub fn total(&self) -> usize {
         self.layers.iter().map(|l| l.groups.len()).sum()

@@ -1,0 +1,493 @@
+//! The backward pass: gradients of everything trainable, as far down as somebody needs them.
+
+use super::Model;
+use super::batch::{LayerTape, Tape, TokenBatch, rows_of};
+use super::layout::Run;
+use super::parts::{Block, pack};
+use crate::mixers::{self, BaseGroupGrads, HeadTensors};
+use crate::observe::GradObserver;
+use crate::params::{Grads, ParamId};
+use crate::plan::RecurrentKind;
+use kernels::attention::{AttnMask, AttnSaved, attention_backward};
+use kernels::elementwise::{add_column_sums, axpy, rms_norm_backward, swiglu, swiglu_backward};
+use kernels::rope::Rotation;
+use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+
+/// What every layer's backward reads.
+struct Pass<'a> {
+    exec: &'a Exec,
+    batch: &'a TokenBatch,
+    tape: &'a Tape,
+}
+
+/// Gradients of one (group, sequence) of a converted group.
+struct HeadJob {
+    tensors: Option<HeadTensors>,
+    base: BaseGroupGrads,
+    dx: Option<Vec<f32>>,
+}
+
+/// Buffers reused from layer to layer.
+#[derive(Default)]
+struct Scratch {
+    x: Vec<f32>,
+    dx: Vec<f32>,
+    act: Vec<f32>,
+    dact: Vec<f32>,
+    dgate: Vec<f32>,
+    dup: Vec<f32>,
+    dout: Vec<f32>,
+}
+
+fn zeroed(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.clear();
+    buffer.resize(len, 0.0);
+    buffer
+}
+
+/// `dw += dyᵀ · x` for a trainable `[n, k]` weight.
+fn weight_grad(
+    exec: &Exec,
+    grads: &mut Grads,
+    id: ParamId,
+    dy: &[f32],
+    x: &[f32],
+    (rows, n, k): (usize, usize, usize),
+) {
+    if let Some(grad) = grads.get_mut(id) {
+        let (dy, x) = (MatRef::dense(dy, rows, n), MatRef::dense(x, rows, k));
+        gemm(exec, MatMut::dense(grad, n, k), dy, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+    }
+}
+
+/// `dx (+)= dy · w`, `w` `[n, k]`.
+fn input_grad(
+    exec: &Exec,
+    dy: &[f32],
+    w: &[f32],
+    dx: &mut [f32],
+    (rows, n, k): (usize, usize, usize),
+    store: Store,
+) {
+    let (dy, w) = (MatRef::dense(dy, rows, n), MatRef::dense(w, n, k));
+    gemm(exec, MatMut::dense(dx, rows, k), dy, Trans::No, w, Trans::No, 1.0, store);
+}
+
+fn add(from: &[f32], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len(), "gradient block sizes");
+    to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+}
+
+impl Model {
+    /// Backward of [`forward_batch`](Self::forward_batch) from the gradient of the final normed hidden states; adds to `grads`. Stops as
+    /// soon as neither a trainable parameter nor (with `observe_all`) an observer needs more. The same inputs give the same
+    /// bits.
+    ///
+    /// # Panics
+    /// When `tape` was not filled by a complete forward pass over a batch of this shape, or `dhidden` has another size.
+    pub fn backward(
+        &self,
+        exec: &Exec,
+        batch: &TokenBatch,
+        tape: &Tape,
+        dhidden: &[f32],
+        grads: &mut Grads,
+        observer: &mut dyn GradObserver,
+        observe_all: bool,
+    ) {
+        batch.check();
+        let values = batch.rows() * self.config.d_model;
+        assert_eq!(dhidden.len(), values, "gradient of {} rows", batch.rows());
+        if values == 0 {
+            return;
+        }
+        assert_eq!(tape.last.len(), values, "the tape does not hold a complete pass over this batch");
+        let below_layers = grads.get(self.layout.embed).is_some();
+        let lowest = if below_layers || observe_all {
+            Some(0)
+        } else {
+            (0..self.config.layers).find(|&l| self.layer_params(l).any(|id| grads.get(id).is_some()))
+        };
+        let mut dh = vec![0.0; values];
+        let norm = self.layout.norm;
+        let weight = self.params.data(norm);
+        rms_norm_backward(
+            exec,
+            &tape.last,
+            weight,
+            self.config.rms_eps,
+            dhidden,
+            &mut dh,
+            grads.get_mut(norm),
+        );
+        let Some(lowest) = lowest else { return };
+        let pass = Pass { exec, batch, tape };
+        let mut scratch = Scratch::default();
+        for layer in (lowest..self.config.layers).rev() {
+            self.mlp_backward(&pass, layer, &mut dh, grads, &mut scratch);
+            let below = below_layers || layer > lowest;
+            self.attention_block_backward(&pass, layer, &mut dh, grads, observer, below, &mut scratch);
+        }
+        if let Some(grad) = grads.get_mut(self.layout.embed) {
+            let d_model = self.config.d_model;
+            for (&token, dh) in batch.tokens.iter().zip(dh.chunks_exact(d_model)) {
+                add(dh, &mut grad[token as usize * d_model..(token as usize + 1) * d_model]);
+            }
+        }
+    }
+
+    /// Every parameter of a layer.
+    fn layer_params(&self, layer: usize) -> impl Iterator<Item = ParamId> + '_ {
+        let ids = &self.layout.layers[layer];
+        let always = [ids.input_norm, ids.q, ids.k, ids.v, ids.o, ids.post_norm, ids.gate, ids.up, ids.down];
+        let optional = [ids.q_bias, ids.k_bias, ids.v_bias, ids.q_norm, ids.k_norm];
+        always.into_iter().chain(optional.into_iter().flatten()).chain(ids.heads.iter().flatten().copied())
+    }
+
+    /// Turns the gradient of the layer's output into that of the residual stream between attention and MLP.
+    fn mlp_backward(
+        &self,
+        pass: &Pass<'_>,
+        layer: usize,
+        dh: &mut [f32],
+        grads: &mut Grads,
+        scratch: &mut Scratch,
+    ) {
+        let Pass { exec, batch, tape } = *pass;
+        let LayerTape { mid, gate, up, .. } = &tape.layers[layer];
+        let ids = &self.layout.layers[layer];
+        let (rows, d_model, d_ff) = (batch.rows(), self.config.d_model, self.config.d_ff);
+        let Scratch { x, dx, act, dact, dgate, dup, .. } = scratch;
+        if grads.get(ids.down).is_some() {
+            act.resize(rows * d_ff, 0.0);
+            swiglu(exec, gate, up, act);
+            weight_grad(exec, grads, ids.down, dh, act, (rows, d_model, d_ff));
+        }
+        for buffer in [&mut *dact, &mut *dgate, &mut *dup] {
+            buffer.resize(rows * d_ff, 0.0);
+        }
+        input_grad(exec, dh, self.params.data(ids.down), dact, (rows, d_model, d_ff), Store::Overwrite);
+        swiglu_backward(exec, gate, up, dact, dgate, dup);
+        if grads.get(ids.gate).is_some() || grads.get(ids.up).is_some() {
+            self.norm(exec, mid, ids.post_norm, x);
+            weight_grad(exec, grads, ids.gate, dgate, x, (rows, d_ff, d_model));
+            weight_grad(exec, grads, ids.up, dup, x, (rows, d_ff, d_model));
+        }
+        dx.resize(rows * d_model, 0.0);
+        input_grad(exec, dgate, self.params.data(ids.gate), dx, (rows, d_ff, d_model), Store::Overwrite);
+        input_grad(exec, dup, self.params.data(ids.up), dx, (rows, d_ff, d_model), Store::Accumulate);
+        let norm = self.params.data(ids.post_norm);
+        rms_norm_backward(exec, mid, norm, self.config.rms_eps, dx, dh, grads.get_mut(ids.post_norm));
+    }
+
+    /// Turns the gradient between attention and MLP into that of the layer's input; `below`: whether anybody needs the latter.
+    #[allow(clippy::too_many_arguments, reason = "private; the arguments are the pass's whole state")]
+    fn attention_block_backward(
+        &self,
+        pass: &Pass<'_>,
+        layer: usize,
+        dh: &mut [f32],
+        grads: &mut Grads,
+        observer: &mut dyn GradObserver,
+        below: bool,
+        scratch: &mut Scratch,
+    ) {
+        let Pass { exec, batch, tape } = *pass;
+        let LayerTape { input, out, .. } = &tape.layers[layer];
+        let ids = &self.layout.layers[layer];
+        let (rows, d_model, width) =
+            (batch.rows(), self.config.d_model, self.config.heads * self.config.head_dim);
+        let Scratch { x, dx, dout, .. } = scratch;
+        weight_grad(exec, grads, ids.o, dh, out, (rows, d_model, width));
+        dout.resize(rows * width, 0.0);
+        input_grad(exec, dh, self.params.data(ids.o), dout, (rows, d_model, width), Store::Overwrite);
+        for sequence in 0..batch.sequences {
+            observer.head_outputs(layer, sequence, rows_of(dout, sequence, batch.seq_len, width));
+        }
+        let need_dx = below || grads.get(ids.input_norm).is_some();
+        let trains_qkv = [
+            Some(ids.q),
+            Some(ids.k),
+            Some(ids.v),
+            ids.q_bias,
+            ids.k_bias,
+            ids.v_bias,
+            ids.q_norm,
+            ids.k_norm,
+        ]
+        .into_iter()
+        .flatten()
+        .any(|id| grads.get(id).is_some());
+        let trains_heads = ids.heads.iter().flatten().any(|&id| grads.get(id).is_some());
+        if !(need_dx || trains_qkv || trains_heads) {
+            return;
+        }
+        self.norm(exec, input, ids.input_norm, x);
+        zeroed(dx, if need_dx { rows * d_model } else { 0 });
+        if need_dx || trains_qkv {
+            self.kept_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx));
+        }
+        self.converted_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx));
+        if need_dx {
+            let norm = self.params.data(ids.input_norm);
+            rms_norm_backward(exec, input, norm, self.config.rms_eps, dx, dh, grads.get_mut(ids.input_norm));
+        }
+    }
+
+    /// Kept groups: softmax attention, RoPE, q/k norms, projections.
+    fn kept_backward(
+        &self,
+        pass: &Pass<'_>,
+        layer: usize,
+        x: &[f32],
+        dout: &[f32],
+        grads: &mut Grads,
+        mut dx: Option<&mut Vec<f32>>,
+    ) {
+        let Pass { exec, batch, tape } = *pass;
+        let ids = &self.layout.layers[layer];
+        if ids.kept == 0 {
+            return;
+        }
+        let LayerTape { qkv, out, lse, .. } = &tape.layers[layer];
+        let (rows, seq, groups) = (batch.rows(), batch.seq_len, self.config.kv_heads);
+        let per_group = self.config.group_size() * self.config.head_dim;
+        let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
+        let shape = self.attn_shape(ids.kept);
+        let [mut packed_out, mut packed_dout] = [Vec::new(), Vec::new()];
+        let (out, dout) = if ids.kept == groups {
+            (out.as_slice(), dout)
+        } else {
+            for (full, packed) in [(out.as_slice(), &mut packed_out), (dout, &mut packed_dout)] {
+                packed.resize(rows * q_width, 0.0);
+                pack(full, packed, &ids.runs, per_group, groups);
+            }
+            (packed_out.as_slice(), packed_dout.as_slice())
+        };
+        let [mut dq, mut dk, mut dv] = [q_width, kv_width, kv_width].map(|width| vec![0.0; rows * width]);
+        for s in 0..batch.sequences {
+            let saved = AttnSaved {
+                q: rows_of(&qkv.q, s, seq, q_width),
+                k: rows_of(&qkv.k, s, seq, kv_width),
+                v: rows_of(&qkv.v, s, seq, kv_width),
+                out: rows_of(out, s, seq, q_width),
+                lse: &lse[s * seq * shape.q_heads..(s + 1) * seq * shape.q_heads],
+                dout: rows_of(dout, s, seq, q_width),
+            };
+            let (q, kv) =
+                (s * seq * q_width..(s + 1) * seq * q_width, s * seq * kv_width..(s + 1) * seq * kv_width);
+            let mask = AttnMask::Causal { q_pos0: 0 };
+            attention_backward(exec, shape, mask, saved, &mut dq[q], &mut dk[kv.clone()], &mut dv[kv]);
+        }
+        let [q_block, k_block, v_block] = self.blocks(layer);
+        for (grad, width, norm, raw) in
+            [(&mut dq, q_width, ids.q_norm, &qkv.q_raw), (&mut dk, kv_width, ids.k_norm, &qkv.k_raw)]
+        {
+            self.rotate(exec, grad, width, seq, 0, Rotation::Inverse);
+            if let Some(norm) = norm {
+                let mut draw = vec![0.0; grad.len()];
+                let weight = self.params.data(norm);
+                rms_norm_backward(
+                    exec,
+                    raw,
+                    weight,
+                    self.config.rms_eps,
+                    grad,
+                    &mut draw,
+                    grads.get_mut(norm),
+                );
+                *grad = draw;
+            }
+        }
+        for (block, grad) in [(q_block, &dq), (k_block, &dk), (v_block, &dv)] {
+            self.projection_backward(exec, &ids.runs, &block, x, grad, grads, dx.as_deref_mut());
+        }
+    }
+
+    /// Packed projection of kept groups: gradients of its weight and bias rows and of its input.
+    #[allow(clippy::too_many_arguments, reason = "private; the arguments are the pass's whole state")]
+    fn projection_backward(
+        &self,
+        exec: &Exec,
+        runs: &[Run],
+        block: &Block,
+        x: &[f32],
+        grad: &[f32],
+        grads: &mut Grads,
+        mut dx: Option<&mut Vec<f32>>,
+    ) {
+        let d_model = self.config.d_model;
+        let rows = x.len() / d_model;
+        let width = grad.len() / rows;
+        let weight = self.params.data(block.weight);
+        let x = MatRef::dense(x, rows, d_model);
+        for run in runs {
+            let (n, first) = (run.groups * block.rows, run.group * block.rows);
+            let columns = MatRef::dense(grad, rows, width).columns(run.packed * block.rows, n);
+            let w = first * d_model..(first + n) * d_model;
+            if let Some(target) = grads.get_mut(block.weight) {
+                let target = MatMut::dense(&mut target[w.clone()], n, d_model);
+                gemm(exec, target, columns, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+            }
+            if let Some(dx) = dx.as_deref_mut() {
+                let w = MatRef::dense(&weight[w], n, d_model);
+                let target = MatMut::dense(dx, rows, d_model);
+                gemm(exec, target, columns, Trans::No, w, Trans::No, 1.0, Store::Accumulate);
+            }
+        }
+        if let Some(target) = block.bias.and_then(|bias| grads.get_mut(bias)) {
+            let mut sums = vec![0.0; width];
+            add_column_sums(exec, grad, &mut sums);
+            for run in runs {
+                let (n, first, packed) =
+                    (run.groups * block.rows, run.group * block.rows, run.packed * block.rows);
+                add(&sums[packed..packed + n], &mut target[first..first + n]);
+            }
+        }
+    }
+
+    /// Converted groups: every (group, sequence) on its own thread, as many at a time as there are threads; summed in order, so that
+    /// the result does not depend on their timing.
+    fn converted_backward(
+        &self,
+        pass: &Pass<'_>,
+        layer: usize,
+        x: &[f32],
+        dout: &[f32],
+        grads: &mut Grads,
+        mut dx: Option<&mut Vec<f32>>,
+    ) {
+        let Pass { exec, batch, tape } = *pass;
+        let (sequences, seq, d_model) = (batch.sequences, batch.seq_len, self.config.d_model);
+        let ids = &self.layout.layers[layer];
+        let saved = &tape.layers[layer].saved;
+        assert_eq!(saved.len(), ids.converted.len() * sequences, "the tape was filled under another plan");
+        let need_dx = dx.is_some();
+        // Groups of which nobody needs anything are left out.
+        let base_wanted = self.base_grads(layer, grads).any_wanted();
+        let groups: Vec<usize> = (0..ids.converted.len())
+            .filter(|&i| {
+                let group = ids.converted[i];
+                need_dx || base_wanted || ids.heads[group].iter().any(|&id| grads.get(id).is_some())
+            })
+            .collect();
+        let jobs = groups.len() * sequences;
+        let inner = if jobs == 1 { exec.clone() } else { exec.single() };
+        let wave = exec.threads().max(1);
+        for start in (0..jobs).step_by(wave) {
+            let done = exec.parallel_map(wave.min(jobs - start), |i| {
+                let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
+                let saved = &saved[index * sequences + s];
+                self.head_backward(
+                    &inner,
+                    layer,
+                    ids.converted[index],
+                    rows_of(x, s, seq, d_model),
+                    saved,
+                    (dout, s, seq),
+                    grads,
+                    need_dx,
+                )
+            });
+            for (i, job) in done.into_iter().enumerate() {
+                let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
+                if let (Some(dx), Some(from)) = (dx.as_deref_mut(), &job.dx) {
+                    axpy(exec, 1.0, from, &mut dx[s * seq * d_model..(s + 1) * seq * d_model]);
+                }
+                self.add_head_grads(layer, ids.converted[index], &job, grads);
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "private; one job of converted_backward")]
+    fn head_backward(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        group: usize,
+        x: MatRef<'_>,
+        saved: &mixers::HeadSaved,
+        (dout, s, seq): (&[f32], usize, usize),
+        grads: &Grads,
+        need_dx: bool,
+    ) -> HeadJob {
+        let env = self.head_env(layer, group).expect("a converted group has a layout");
+        let per_group = self.config.group_size() * self.config.head_dim;
+        let width = self.config.heads * self.config.head_dim;
+        let trained = self.head_param_ids(layer, group).iter().any(|&id| grads.get(id).is_some());
+        let mut job = HeadJob {
+            tensors: trained.then(|| env.layout.zeros()),
+            base: self.base_grads(layer, grads),
+            dx: need_dx.then(|| vec![0.0; seq * self.config.d_model]),
+        };
+        let dout = rows_of(dout, s, seq, width).columns(group * per_group, per_group);
+        let base = job.base.any_wanted().then_some(&mut job.base);
+        let dx = job.dx.as_mut().map(|dx| MatMut::dense(dx, seq, self.config.d_model));
+        mixers::backward(exec, &env, x, saved, dout, job.tensors.as_mut(), dx, base);
+        job
+    }
+
+    /// Zeroed gradients of those base tensors that are trainable and that a converted group of this plan reads.
+    fn base_grads(&self, layer: usize, grads: &Grads) -> BaseGroupGrads {
+        let Some(head) = self.layout.head.filter(|head| head.spec.window > 0) else {
+            return BaseGroupGrads::default();
+        };
+        let ids = &self.layout.layers[layer];
+        let (d_model, d) = (self.config.d_model, self.config.head_dim);
+        let q_rows = self.config.group_size() * d;
+        let wanted =
+            |id: Option<ParamId>, len| id.filter(|&id| grads.get(id).is_some()).map(|_| vec![0.0; len]);
+        // The local part of mamba2 and gated-delta reads the head's own projections, but the base's norms.
+        let projections = matches!(head.spec.recurrent, RecurrentKind::None | RecurrentKind::Mamba);
+        let projection = |id: Option<ParamId>, len| wanted(id.filter(|_| projections), len);
+        BaseGroupGrads {
+            q_proj: projection(Some(ids.q), q_rows * d_model),
+            k_proj: projection(Some(ids.k), d * d_model),
+            v_proj: projection(Some(ids.v), d * d_model),
+            q_bias: projection(ids.q_bias, q_rows),
+            k_bias: projection(ids.k_bias, d),
+            v_bias: projection(ids.v_bias, d),
+            q_norm: wanted(ids.q_norm, d),
+            k_norm: wanted(ids.k_norm, d),
+        }
+    }
+
+    /// Adds one job's gradients of the head's own and the base's tensors.
+    fn add_head_grads(&self, layer: usize, group: usize, job: &HeadJob, grads: &mut Grads) {
+        let ids = &self.layout.layers[layer];
+        if let Some(HeadTensors { values }) = &job.tensors {
+            for (&id, from) in ids.heads[group].iter().zip(values) {
+                if let Some(to) = grads.get_mut(id) {
+                    add(from, to);
+                }
+            }
+        }
+        let base = &job.base;
+        let blocks = [
+            (Some(ids.q), &base.q_proj),
+            (Some(ids.k), &base.k_proj),
+            (Some(ids.v), &base.v_proj),
+            (ids.q_bias, &base.q_bias),
+            (ids.k_bias, &base.k_bias),
+            (ids.v_bias, &base.v_bias),
+        ];
+        for (id, from) in blocks {
+            if let (Some(to), Some(from)) = (id.and_then(|id| grads.get_mut(id)), from) {
+                add(from, &mut to[group * from.len()..(group + 1) * from.len()]);
+            }
+        }
+        for (id, from) in [(ids.q_norm, &base.q_norm), (ids.k_norm, &base.k_norm)] {
+            if let (Some(to), Some(from)) = (id.and_then(|id| grads.get_mut(id)), from) {
+                add(from, to);
+            }
+        }
+    }
+}
+
+impl BaseGroupGrads {
+    /// Whether any member is wanted.
+    fn any_wanted(&self) -> bool {
+        let Self { q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm } = self;
+        [q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm].iter().any(|g| g.is_some())
+    }
+}

@@ -1,0 +1,295 @@
+//! Whole sequences from position 0: the forward pass of analysis and training, and the output projection.
+
+use super::Model;
+use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
+use crate::error::Result;
+use crate::mixers::{self, HeadSaved};
+use crate::observe::{AttnView, LayerObserver};
+use crate::params::Grads;
+use kernels::attention::{AttnMask, attention};
+use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+
+/// Equal-length token sequences processed together from position 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenBatch {
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens per sequence.
+    pub seq_len: usize,
+    /// `sequences · seq_len` ids, sequence after sequence.
+    pub tokens: Vec<u32>,
+}
+
+/// Activations that a backward pass needs. Reuse one over steps: its buffers stay.
+#[derive(Default)]
+pub struct Tape {
+    pub(super) layers: Vec<LayerTape>,
+    /// Input of the final norm; empty until a pass ran through all layers.
+    pub(super) last: Vec<f32>,
+}
+
+/// What one layer leaves behind; everything else is recomputed from it.
+#[derive(Default)]
+pub(super) struct LayerTape {
+    /// Layer input `[rows, d_model]`.
+    pub input: Vec<f32>,
+    /// Residual stream between attention and MLP.
+    pub mid: Vec<f32>,
+    pub qkv: Qkv,
+    /// Head outputs in head order, `[rows, heads · head_dim]`.
+    pub out: Vec<f32>,
+    /// Log denominators of kept groups, `[rows, kept · group_size]`.
+    pub lse: Vec<f32>,
+    pub gate: Vec<f32>,
+    pub up: Vec<f32>,
+    /// Of converted groups, all sequences of a group in a row.
+    pub saved: Vec<HeadSaved>,
+}
+
+#[derive(Default)]
+struct Scratch {
+    x: Vec<f32>,
+    packed_out: Vec<f32>,
+    mlp: MlpScratch,
+    /// Full-width queries, keys and values for observers of layers with converted groups.
+    wide: [Vec<f32>; 3],
+}
+
+impl TokenBatch {
+    /// Rows of all sequences together.
+    pub fn rows(&self) -> usize {
+        self.sequences * self.seq_len
+    }
+
+    pub(super) fn check(&self) {
+        let Self { sequences, seq_len, tokens } = self;
+        assert_eq!(tokens.len(), sequences * seq_len, "{sequences} sequences of {seq_len} tokens");
+    }
+}
+
+impl Model {
+    /// Whole sequences from position 0, with observers and, when `tape` is given, everything the backward pass needs. Returns the
+    /// final normed hidden states `[sequences · seq_len, d_model]`, or nothing when the observer's
+    /// [`last_layer`](LayerObserver::last_layer) ends the pass earlier.
+    ///
+    /// # Errors
+    /// [`crate::ModelError::Token`] (with the position in the whole batch) and [`crate::ModelError::Context`].
+    ///
+    /// # Panics
+    /// When `batch.tokens` does not have `sequences · seq_len` ids.
+    pub fn forward_batch(
+        &self,
+        exec: &Exec,
+        batch: &TokenBatch,
+        observer: &mut dyn LayerObserver,
+        tape: Option<&mut Tape>,
+    ) -> Result<Vec<f32>> {
+        batch.check();
+        self.check_tokens(&batch.tokens, 0, batch.seq_len)?;
+        let mut own = LayerTape::default();
+        let mut tape = tape;
+        if let Some(tape) = tape.as_deref_mut() {
+            tape.layers.resize_with(self.config.layers, LayerTape::default);
+            tape.last.clear();
+        }
+        let mut h = self.embed(&batch.tokens);
+        if h.is_empty() {
+            return Ok(h);
+        }
+        let mut scratch = Scratch::default();
+        for layer in 0..self.config.layers {
+            let (memory, record) = match tape.as_deref_mut() {
+                Some(tape) => (&mut tape.layers[layer], true),
+                None => (&mut own, false),
+            };
+            self.attention_outputs(exec, layer, batch, &h, memory, &mut scratch, record);
+            if observer.wants(layer) {
+                self.show(layer, batch, memory, &mut scratch, observer);
+            }
+            let done = observer.last_layer().is_some_and(|last| last <= layer);
+            if done && layer + 1 < self.config.layers {
+                return Ok(Vec::new());
+            }
+            if record {
+                memory.input.clone_from(&h);
+            }
+            self.output_projection(exec, layer, &memory.out, &mut h);
+            if record {
+                memory.mid.clone_from(&h);
+            }
+            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+        }
+        let mut hidden = Vec::new();
+        self.norm(exec, &h, self.layout.norm, &mut hidden);
+        if let Some(tape) = tape {
+            tape.last = h;
+        }
+        Ok(hidden)
+    }
+
+    /// Head outputs of a layer, kept and converted groups, into `memory.out`; the block input stays in `scratch.x`.
+    #[allow(clippy::too_many_arguments, reason = "private; the arguments are the pass's whole state")]
+    fn attention_outputs(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        batch: &TokenBatch,
+        h: &[f32],
+        memory: &mut LayerTape,
+        scratch: &mut Scratch,
+        record: bool,
+    ) {
+        let ids = &self.layout.layers[layer];
+        let (groups, rows, seq) = (self.config.kv_heads, batch.rows(), batch.seq_len);
+        let per_group = self.config.group_size() * self.config.head_dim;
+        let Scratch { x, packed_out, .. } = scratch;
+        let LayerTape { qkv, out, lse, saved, .. } = memory;
+        self.norm(exec, h, ids.input_norm, x);
+        out.resize(rows * groups * per_group, 0.0);
+        self.project(exec, layer, x, (rows, seq, 0), qkv);
+        if ids.kept > 0 {
+            let shape = self.attn_shape(ids.kept);
+            let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
+            let all_kept = ids.kept == groups;
+            packed_out.resize(if all_kept { 0 } else { rows * q_width }, 0.0);
+            lse.resize(if record { rows * shape.q_heads } else { 0 }, 0.0);
+            let target = if all_kept { &mut *out } else { &mut *packed_out };
+            for (s, target) in target.chunks_mut(seq * q_width).enumerate() {
+                attention(
+                    exec,
+                    shape,
+                    AttnMask::Causal { q_pos0: 0 },
+                    rows_of(&qkv.q, s, seq, q_width),
+                    rows_of(&qkv.k, s, seq, kv_width),
+                    rows_of(&qkv.v, s, seq, kv_width),
+                    MatMut::dense(target, seq, q_width),
+                    record.then(|| &mut lse[s * seq * shape.q_heads..(s + 1) * seq * shape.q_heads]),
+                );
+            }
+            if !all_kept {
+                unpack(packed_out, out, &ids.runs, per_group, groups);
+            }
+        }
+        saved.clear();
+        self.converted_outputs(exec, layer, batch, x, out, record.then_some(saved));
+    }
+
+    /// Converted groups of a layer, every (group, sequence) on its own thread; with `saved`, keeps what their backward needs.
+    fn converted_outputs(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        batch: &TokenBatch,
+        x: &[f32],
+        out: &mut [f32],
+        saved: Option<&mut Vec<HeadSaved>>,
+    ) {
+        let converted = &self.layout.layers[layer].converted;
+        let per_group = self.config.group_size() * self.config.head_dim;
+        let width = self.config.heads * self.config.head_dim;
+        let (sequences, seq, d_model) = (batch.sequences, batch.seq_len, self.config.d_model);
+        let record = saved.is_some();
+        let jobs = converted.len() * sequences;
+        let inner = if jobs == 1 { exec.clone() } else { exec.single() };
+        let outputs = exec.parallel_map(jobs, |job| {
+            let (group, s) = (converted[job / sequences], job % sequences);
+            let env = self.head_env(layer, group).expect("a converted group has a layout");
+            let x = rows_of(x, s, seq, d_model);
+            let mut y = vec![0.0; seq * per_group];
+            let target = MatMut::dense(&mut y, seq, per_group);
+            let saved = if record {
+                Some(mixers::forward_train(&inner, &env, x, target))
+            } else {
+                mixers::forward(&inner, &env, x, &mut env.layout.new_cache(), target);
+                None
+            };
+            (y, saved)
+        });
+        let mut kept_for_backward = Vec::with_capacity(if record { jobs } else { 0 });
+        for (job, (y, job_saved)) in outputs.into_iter().enumerate() {
+            let (group, s) = (converted[job / sequences], job % sequences);
+            let rows = &mut out[s * seq * width..(s + 1) * seq * width];
+            copy_columns(&y, (0, per_group), rows, (group * per_group, width), per_group);
+            kept_for_backward.extend(job_saved);
+        }
+        if let Some(saved) = saved {
+            *saved = kept_for_backward;
+        }
+    }
+
+    /// Shows a layer to the observer, sequence by sequence.
+    fn show(
+        &self,
+        layer: usize,
+        batch: &TokenBatch,
+        memory: &LayerTape,
+        scratch: &mut Scratch,
+        observer: &mut dyn LayerObserver,
+    ) {
+        let ids = &self.layout.layers[layer];
+        let (groups, head_dim) = (self.config.kv_heads, self.config.head_dim);
+        let per_group = self.config.group_size() * head_dim;
+        let Scratch { x, wide, .. } = scratch;
+        let packed = [(&memory.qkv.q, per_group), (&memory.qkv.k, head_dim), (&memory.qkv.v, head_dim)];
+        let full = if ids.kept == groups {
+            packed.map(|(values, _)| values.as_slice())
+        } else {
+            for (target, (values, per_group)) in wide.iter_mut().zip(packed) {
+                target.clear();
+                target.resize(batch.rows() * groups * per_group, 0.0);
+                unpack(values, target, &ids.runs, per_group, groups);
+            }
+            [wide[0].as_slice(), wide[1].as_slice(), wide[2].as_slice()]
+        };
+        for sequence in 0..batch.sequences {
+            let part = |values, width| rows_of(values, sequence, batch.seq_len, width);
+            observer.attention(AttnView {
+                layer,
+                sequence,
+                x: part(x, self.config.d_model),
+                q: part(full[0], groups * per_group),
+                k: part(full[1], groups * head_dim),
+                v: part(full[2], groups * head_dim),
+                out: part(&memory.out, groups * per_group),
+            });
+        }
+    }
+
+    /// `[rows, vocab]` logits of final hidden states.
+    pub fn logits(&self, exec: &Exec, hidden: &[f32]) -> Vec<f32> {
+        let (d_model, vocab) = (self.config.d_model, self.config.vocab);
+        let rows = hidden.len() / d_model;
+        let mut logits = vec![0.0; rows * vocab];
+        let weight = self.params.data(self.layout.output);
+        linear(exec, hidden, weight, &mut logits, rows, vocab, Store::Overwrite);
+        logits
+    }
+
+    /// Backward of [`logits`](Self::logits) for some rows: adds to the output projection's gradient (when trainable) and returns the
+    /// gradient of `hidden`.
+    pub fn logits_backward(
+        &self,
+        exec: &Exec,
+        hidden: &[f32],
+        dlogits: &[f32],
+        grads: &mut Grads,
+    ) -> Vec<f32> {
+        let (d_model, vocab) = (self.config.d_model, self.config.vocab);
+        let rows = hidden.len() / d_model;
+        let dlogits = MatRef::dense(dlogits, rows, vocab);
+        if let Some(grad) = grads.get_mut(self.layout.output) {
+            let (out, x) = (MatMut::dense(grad, vocab, d_model), MatRef::dense(hidden, rows, d_model));
+            gemm(exec, out, dlogits, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+        }
+        let mut dhidden = vec![0.0; hidden.len()];
+        let weight = MatRef::dense(self.params.data(self.layout.output), vocab, d_model);
+        let out = MatMut::dense(&mut dhidden, rows, d_model);
+        gemm(exec, out, dlogits, Trans::No, weight, Trans::No, 1.0, Store::Overwrite);
+        dhidden
+    }
+}
+
+/// The rows of sequence `s`.
+pub(super) fn rows_of(values: &[f32], s: usize, seq: usize, width: usize) -> MatRef<'_> {
+    MatRef::dense(&values[s * seq * width..(s + 1) * seq * width], seq, width)
+}

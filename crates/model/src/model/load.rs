@@ -1,0 +1,93 @@
+//! Models from checkpoints. Knows which tensors a model needs; knows nothing of file formats.
+
+use super::{Model, layout};
+use crate::error::{ModelError, Result};
+use crate::params::ParamStore;
+use crate::plan::HeadPlan;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use weights::{Checkpoint, TensorSource};
+
+/// Buffers that old checkpoints carry inside layers and that are computed here.
+const IGNORED_SUFFIXES: [&str; 3] =
+    ["rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.attention.bias"];
+
+impl Model {
+    /// Loads every tensor the plan needs; shapes are checked against the configuration, NaN is an error.
+    ///
+    /// # Errors
+    /// [`ModelError::Param`] for a missing tensor or a wrong shape, [`ModelError::Unexpected`] for a layer's tensor that the
+    /// model would leave out, [`ModelError::Plan`] for a plan that does not fit, [`ModelError::Weights`] for unreadable files.
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        let config = checkpoint.config.clone();
+        config.validate()?;
+        let plan = match &checkpoint.plan_json {
+            Some(json) => HeadPlan::from_json(&json.to_string(), &config)?,
+            None => HeadPlan::empty(&config),
+        };
+        let source = checkpoint.tensors.as_ref();
+        let wanted = layout::tensor_shapes(&config, &plan);
+        check(source, &wanted, config.layers)?;
+        let mut params = ParamStore::default();
+        for ((name, shape), data) in wanted.iter().zip(read_all(source, &wanted)) {
+            let data = data?;
+            if data.len() != shape.iter().product::<usize>() {
+                let found = format!("{} values", data.len());
+                return Err(ModelError::Param { name: name.clone(), expected: shape.clone(), found });
+            }
+            params.insert(name.clone(), shape.clone(), data);
+        }
+        Self::from_parts(config, plan, params)
+    }
+}
+
+/// Everything wanted is there with its shape, and no layer holds a tensor nobody wants.
+fn check(source: &dyn TensorSource, wanted: &[(String, Vec<usize>)], layers: usize) -> Result<()> {
+    let found: HashMap<&str, &[usize]> =
+        source.infos().iter().map(|info| (info.name.as_str(), info.shape.as_slice())).collect();
+    for (name, expected) in wanted {
+        let shape = found.get(name.as_str());
+        if shape != Some(&expected.as_slice()) {
+            let found = shape.map_or("nothing".into(), |s| format!("{s:?}"));
+            return Err(ModelError::Param { name: name.clone(), expected: expected.clone(), found });
+        }
+    }
+    let known: HashSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
+    let unexpected = source.infos().iter().find(|info| {
+        let layer =
+            info.name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        layer.is_some_and(|l: usize| l < layers)
+            && !known.contains(info.name.as_str())
+            && !IGNORED_SUFFIXES.iter().any(|suffix| info.name.ends_with(suffix))
+    });
+    match unexpected {
+        Some(info) => Err(ModelError::Unexpected { name: info.name.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Reads (and dequantises) all wanted tensors, in order, on all CPUs.
+fn read_all(
+    source: &dyn TensorSource,
+    wanted: &[(String, Vec<usize>)],
+) -> Vec<weights::error::Result<Vec<f32>>> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(wanted.len().max(1));
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut done = Vec::new();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some((name, _)) = wanted.get(i) else { return done };
+            done.push((i, source.read_f32(name)));
+        }
+    };
+    let mut read: Vec<_> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .flat_map(|w| w.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    read.sort_by_key(|(i, _)| *i);
+    read.into_iter().map(|(_, data)| data).collect()
+}

@@ -1,0 +1,233 @@
+//! Pieces that the cached and the batched forward pass share. Activations are `[rows, features]`; "packed" columns are those of
+//! a layer's kept groups only, in order.
+
+use super::Model;
+use super::layout::Run;
+use crate::params::ParamId;
+use kernels::elementwise::{add_bias, rms_norm, swiglu};
+use kernels::rope::{Rotation, rope};
+use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+
+/// Attention inputs of a layer's kept groups, packed.
+#[derive(Default)]
+pub(super) struct Qkv {
+    /// `[rows, kept · group_size · head_dim]`, after norm and RoPE.
+    pub q: Vec<f32>,
+    /// `[rows, kept · head_dim]`, after norm and RoPE.
+    pub k: Vec<f32>,
+    /// `[rows, kept · head_dim]`.
+    pub v: Vec<f32>,
+    /// `q` before norm and RoPE; empty without q/k norms.
+    pub q_raw: Vec<f32>,
+    /// `k` before norm and RoPE; likewise.
+    pub k_raw: Vec<f32>,
+}
+
+/// Which tensor of a layer, for per-group row blocks.
+pub(super) struct Block {
+    pub weight: ParamId,
+    pub bias: Option<ParamId>,
+    /// Rows of one group.
+    pub rows: usize,
+}
+
+/// `out (+)= x · wᵀ`, `w` `[n, k]`.
+pub(super) fn linear(
+    exec: &Exec,
+    x: &[f32],
+    w: &[f32],
+    out: &mut [f32],
+    rows: usize,
+    n: usize,
+    store: Store,
+) {
+    let k = w.len() / n;
+    let (x, w) = (MatRef::dense(x, rows, k), MatRef::dense(w, n, k));
+    gemm(exec, MatMut::dense(out, rows, n), x, Trans::No, w, Trans::Yes, 1.0, store);
+}
+
+/// Copies `cols` columns between row-major matrices of `rows` rows; `(start, width)` of source and destination.
+pub(super) fn copy_columns(
+    src: &[f32],
+    (src_start, src_width): (usize, usize),
+    dst: &mut [f32],
+    (dst_start, dst_width): (usize, usize),
+    cols: usize,
+) {
+    for (from, to) in src.chunks_exact(src_width).zip(dst.chunks_exact_mut(dst_width)) {
+        to[dst_start..dst_start + cols].copy_from_slice(&from[src_start..src_start + cols]);
+    }
+}
+
+/// Copies packed columns into full-width ones (`per_group` columns each group) or back.
+pub(super) fn unpack(packed: &[f32], full: &mut [f32], runs: &[Run], per_group: usize, groups: usize) {
+    let kept: usize = runs.iter().map(|r| r.groups).sum();
+    for run in runs {
+        let (from, to) = (run.packed * per_group, run.group * per_group);
+        copy_columns(
+            packed,
+            (from, kept * per_group),
+            full,
+            (to, groups * per_group),
+            run.groups * per_group,
+        );
+    }
+}
+
+/// The reverse of [`unpack`].
+pub(super) fn pack(full: &[f32], packed: &mut [f32], runs: &[Run], per_group: usize, groups: usize) {
+    let kept: usize = runs.iter().map(|r| r.groups).sum();
+    for run in runs {
+        let (from, to) = (run.group * per_group, run.packed * per_group);
+        copy_columns(
+            full,
+            (from, groups * per_group),
+            packed,
+            (to, kept * per_group),
+            run.groups * per_group,
+        );
+    }
+}
+
+impl Model {
+    /// Query, key and value blocks of a layer.
+    pub(super) fn blocks(&self, layer: usize) -> [Block; 3] {
+        let ids = &self.layout.layers[layer];
+        let (d, q_rows) = (self.config.head_dim, self.config.group_size() * self.config.head_dim);
+        [
+            Block { weight: ids.q, bias: ids.q_bias, rows: q_rows },
+            Block { weight: ids.k, bias: ids.k_bias, rows: d },
+            Block { weight: ids.v, bias: ids.v_bias, rows: d },
+        ]
+    }
+
+    /// One projection of all kept groups, packed.
+    fn project_block(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        block: &Block,
+        x: &[f32],
+        rows: usize,
+        out: &mut Vec<f32>,
+    ) {
+        let ids = &self.layout.layers[layer];
+        let (d_model, width) = (self.config.d_model, ids.kept * block.rows);
+        out.resize(rows * width, 0.0);
+        let weight = self.params.data(block.weight);
+        let x = MatRef::dense(x, rows, d_model);
+        for run in &ids.runs {
+            let (n, first) = (run.groups * block.rows, run.group * block.rows);
+            let w = MatRef::dense(&weight[first * d_model..(first + n) * d_model], n, d_model);
+            let columns = MatMut::new(&mut out[run.packed * block.rows..], rows, n, width);
+            gemm(exec, columns, x, Trans::No, w, Trans::Yes, 1.0, Store::Overwrite);
+        }
+        if let Some(bias) = block.bias {
+            let mut packed = vec![0.0; width];
+            pack(self.params.data(bias), &mut packed, &ids.runs, block.rows, self.config.kv_heads);
+            add_bias(exec, &packed, out);
+        }
+    }
+
+    /// Queries, keys and values of all kept groups of `rows` rows; row `r` has position `pos0 + r % seq_len`.
+    pub(super) fn project(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        x: &[f32],
+        (rows, seq_len, pos0): (usize, usize, usize),
+        qkv: &mut Qkv,
+    ) {
+        let ids = &self.layout.layers[layer];
+        if ids.kept == 0 {
+            *qkv = Qkv::default();
+            return;
+        }
+        let Qkv { q, k, v, q_raw, k_raw } = qkv;
+        let [q_block, k_block, v_block] = self.blocks(layer);
+        self.project_block(exec, layer, &v_block, x, rows, v);
+        for (block, norm, raw, out) in [(&q_block, ids.q_norm, q_raw, q), (&k_block, ids.k_norm, k_raw, k)] {
+            if let Some(norm) = norm {
+                self.project_block(exec, layer, block, x, rows, raw);
+                out.resize(raw.len(), 0.0);
+                rms_norm(exec, raw, self.params.data(norm), self.config.rms_eps, out);
+            } else {
+                raw.clear();
+                self.project_block(exec, layer, block, x, rows, out);
+            }
+            self.rotate(exec, out, ids.kept * block.rows, seq_len, pos0, Rotation::Forward);
+        }
+    }
+
+    /// RoPE of sequences of `seq_len` rows, `width` values each.
+    pub(super) fn rotate(
+        &self,
+        exec: &Exec,
+        x: &mut [f32],
+        width: usize,
+        seq_len: usize,
+        pos0: usize,
+        rotation: Rotation,
+    ) {
+        for sequence in x.chunks_mut(seq_len * width) {
+            rope(exec, sequence, self.config.head_dim, &self.layout.inv_freq, seq_len, pos0, rotation);
+        }
+    }
+
+    /// Embedding rows of `tokens`, `[tokens, d_model]`.
+    pub(super) fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+        let d_model = self.config.d_model;
+        let table = self.params.data(self.layout.embed);
+        let mut h = Vec::with_capacity(tokens.len() * d_model);
+        for &token in tokens {
+            h.extend_from_slice(&table[token as usize * d_model..(token as usize + 1) * d_model]);
+        }
+        h
+    }
+
+    /// RMSNorm with parameter `weight`.
+    pub(super) fn norm(&self, exec: &Exec, x: &[f32], weight: ParamId, out: &mut Vec<f32>) {
+        out.resize(x.len(), 0.0);
+        rms_norm(exec, x, self.params.data(weight), self.config.rms_eps, out);
+    }
+
+    /// Adds the MLP block to `h` `[rows, d_model]`; leaves gate and up activations in `gate` and `up`.
+    pub(super) fn mlp(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        h: &mut [f32],
+        scratch: &mut MlpScratch,
+        gate: &mut Vec<f32>,
+        up: &mut Vec<f32>,
+    ) {
+        let ids = &self.layout.layers[layer];
+        let (d_model, d_ff) = (self.config.d_model, self.config.d_ff);
+        let rows = h.len() / d_model;
+        let MlpScratch { x, act } = scratch;
+        self.norm(exec, h, ids.post_norm, x);
+        for (id, out) in [(ids.gate, &mut *gate), (ids.up, &mut *up)] {
+            out.resize(rows * d_ff, 0.0);
+            linear(exec, x, self.params.data(id), out, rows, d_ff, Store::Overwrite);
+        }
+        act.resize(rows * d_ff, 0.0);
+        swiglu(exec, gate, up, act);
+        linear(exec, act, self.params.data(ids.down), h, rows, d_model, Store::Accumulate);
+    }
+
+    /// Adds `out · W_Oᵀ` to `h`.
+    pub(super) fn output_projection(&self, exec: &Exec, layer: usize, out: &[f32], h: &mut [f32]) {
+        let d_model = self.config.d_model;
+        let weight = self.params.data(self.layout.layers[layer].o);
+        linear(exec, out, weight, h, h.len() / d_model, d_model, Store::Accumulate);
+    }
+}
+
+/// Buffers of [`Model::mlp`] that nobody reads afterwards.
+#[derive(Default)]
+pub(super) struct MlpScratch {
+    /// Block input after the norm.
+    pub x: Vec<f32>,
+    /// `silu(gate) · up`.
+    pub act: Vec<f32>,
+}

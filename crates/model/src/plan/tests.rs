@@ -1,0 +1,138 @@
+use super::*;
+use weights::RopeScaling;
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        family: Family::Llama,
+        vocab: 64,
+        d_model: 32,
+        d_ff: 48,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        rms_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::Default,
+        max_context: 128,
+        tie_embeddings: true,
+        qkv_bias: false,
+        qk_norm: false,
+        bos_token_id: None,
+        eos_token_ids: vec![],
+    }
+}
+
+fn mixer() -> MixerSpec {
+    MixerSpec { recurrent: RecurrentKind::Mamba2, window: 16, sinks: 1, d_state: 8, d_conv: 4 }
+}
+
+fn some_converted() -> HeadPlan {
+    let mut plan = HeadPlan::empty(&config());
+    plan.layers[1].groups[0] = GroupPlan { mixer: GroupMixer::Recurrent, score: Some(-0.002) };
+    plan.mixer = Some(mixer());
+    plan.beta = 0.25;
+    plan
+}
+
+fn message(result: Result<HeadPlan>) -> String {
+    result.expect_err("should be refused").to_string()
+}
+
+#[test]
+fn round_trip() {
+    for plan in [HeadPlan::empty(&config()), some_converted()] {
+        assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
+    }
+}
+
+#[test]
+fn reads_the_documented_form() {
+    let json = r#"{"version": 1, "model": {"family": "llama", "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8},
+      "criterion": {"name": "mixer-fisher", "tokens": 6144, "bank_sha256": "00", "data_sha256": "11"},
+      "beta": 0.75, "keep_at_least_per_layer": 0,
+      "mixer": {"recurrent": "gated-delta", "window": 0, "sinks": 0, "d_state": 8, "d_conv": 4},
+      "layers": [{"groups": [{"mixer": "attention", "score": -0.31}, {"mixer": "recurrent", "score": -0.002}]},
+                 {"groups": [{"mixer": "recurrent"}, {"mixer": "recurrent"}]}]}"#;
+    let plan = HeadPlan::from_json(json, &config()).unwrap();
+    assert_eq!((plan.converted(), plan.total()), (3, 4));
+    assert!(!plan.is_converted(0, 0) && plan.is_converted(0, 1));
+    assert_eq!(plan.mixer.unwrap().recurrent, RecurrentKind::GatedDelta);
+}
+
+#[test]
+fn version_is_checked_before_fields() {
+    let json = r#"{"version": 7, "brand_new_field": true}"#;
+    assert!(message(HeadPlan::from_json(json, &config())).contains("version 7, expected 1"));
+}
+
+#[test]
+fn unknown_fields_and_broken_json() {
+    let json = some_converted().to_json().replacen("\"beta\"", "\"betta\": 1, \"beta\"", 1);
+    assert!(message(HeadPlan::from_json(&json, &config())).contains("betta"));
+    for json in ["", "{", "null", "[]", "{\"version\": -1}", "{\"version\": 1e99}", "{\"version\": 1}"] {
+        message(HeadPlan::from_json(json, &config()));
+    }
+    let deep = "[".repeat(100_000);
+    message(HeadPlan::from_json(&deep, &config()));
+    let long = " ".repeat(MAX_PLAN_BYTES + 1);
+    assert!(message(HeadPlan::from_json(&long, &config())).contains("bytes"));
+}
+
+#[test]
+fn mismatches_name_expected_and_found() {
+    let other = ModelConfig { layers: 3, ..config() };
+    let text = message(HeadPlan::from_json(&some_converted().to_json(), &other));
+    assert!(text.contains("layers is 2 in the plan, 3 in the model"), "{text}");
+    let other = ModelConfig { family: Family::Qwen3, ..config() };
+    let text = message(HeadPlan::from_json(&some_converted().to_json(), &other));
+    assert!(text.contains("llama") && text.contains("qwen3"), "{text}");
+}
+
+#[test]
+fn structure_is_checked() {
+    let refused = |change: &dyn Fn(&mut HeadPlan), word: &str| {
+        let mut plan = some_converted();
+        change(&mut plan);
+        let text = plan.validate(&config()).expect_err(word).to_string();
+        assert!(text.contains(word), "{text} does not mention {word}");
+    };
+    refused(&|p| p.mixer = None, "no mixer");
+    refused(&|p| p.beta = 1.5, "beta");
+    refused(&|p| p.beta = f64::NAN, "beta");
+    refused(&|p| p.version = 2, "version");
+    refused(&|p| p.layers.truncate(1), "lists 1 layers");
+    refused(&|p| p.layers[1].groups.truncate(1), "layer 1 lists 1 groups");
+    refused(&|p| p.keep_at_least_per_layer = 2, "keep_at_least_per_layer");
+    refused(&|p| p.model.heads = 8, "heads");
+}
+
+#[test]
+fn mixer_ranges() {
+    use RecurrentKind::*;
+    let spec = |recurrent, window, sinks, d_state, d_conv| {
+        MixerSpec { recurrent, window, sinks, d_state, d_conv }.validate(8).map_err(|e| e.to_string())
+    };
+    for (ok, s) in [
+        (true, spec(Mamba2, 16, 1, 8, 4)),
+        (true, spec(Mamba2, 0, 0, 8, 1)),
+        (false, spec(Mamba2, 16, 1, 16, 4)),
+        (false, spec(GatedDelta, 0, 0, 0, 4)),
+        (true, spec(GatedDelta, MAX_WINDOW, MAX_SINKS, 8, MAX_CONV)),
+        (false, spec(GatedDelta, MAX_WINDOW + 1, 0, 8, 4)),
+        (false, spec(GatedDelta, 64, MAX_SINKS + 1, 8, 4)),
+        (false, spec(GatedDelta, 0, 1, 8, 4)),
+        (false, spec(GatedDelta, 0, 0, 8, 0)),
+        (false, spec(GatedDelta, 0, 0, 8, MAX_CONV + 1)),
+        (true, spec(Mamba, 0, 0, 16, 4)),
+        (true, spec(Mamba, 0, 0, MAX_MAMBA_STATE, 4)),
+        (false, spec(Mamba, 0, 0, MAX_MAMBA_STATE + 1, 4)),
+        (false, spec(Mamba, 0, 0, 0, 4)),
+        (true, spec(None, 1, 0, 0, 0)),
+        (false, spec(None, 0, 0, 0, 0)),
+        (false, spec(None, 16, 1, 8, 0)),
+        (false, spec(None, 16, 1, 0, 4)),
+    ] {
+        assert_eq!(s.is_ok(), ok, "{s:?}");
+    }
+}
