@@ -80,7 +80,7 @@ def mamba2(group: Group, x):
     dt = F.softplus(x @ group.get("head.dt_proj.weight", G, M, scale=M ** -0.5).T
                     + group.get("head.dt_proj.bias", G, shift=-1.5))
     scale = (x @ group.get("head.in_scale.weight", G, M, scale=0.5 * M ** -0.5).T
-             + group.get("head.in_scale.bias", G, scale=0.3)).exp()
+             + group.get("head.in_scale.bias", G, scale=0.3)).clamp(max=30.0).exp()
     y, _ = rec.ssd(q, k, v, -dt, dt * scale, group.get("head.d_skip", G), x.new_zeros(G, D, D))
     return gate_and_gain(group, x, y)
 
