@@ -6,6 +6,7 @@ pub mod config;
 mod dequant;
 pub mod error;
 pub mod files;
+pub mod gguf;
 #[allow(unsafe_code)]
 pub mod mmap;
 pub mod safetensors;
