@@ -2,15 +2,17 @@
 //! One group at a time; knows its own tensors and the base group's projections, nothing of other layers.
 //!
 //! Dimensions of a group: `G` query heads, `D` head_dim, `M` d_model, `K` d_conv, `N` d_state, `T` tokens. `x` is `[T, M]`, the layer input
-//! after the norm; the output `[T, G·D]` goes through the original W_O.
+//! after the norm; the output `[T, G·D]` goes through the original W_O. Query head `h` owns rows/columns `h·D..(h+1)·D`.
 //!
 //! `y = local(x) + recurrent(x)`
 //!
 //! **Local** (window > 0): softmax attention over the last `window` tokens and the first `sinks`, RoPE and q/k norm as in the base,
 //! scale `1/sqrt(D)`. For `mamba2` and `gated-delta` it uses the head's own q, k, v (before the conv); for `mamba` and `none` the base group's.
+//! The query at position `p` sees position `r ≤ p` when `p − r < window` or `r < sinks`. The base's q/k norm touches this branch only.
 //!
-//! **mamba2**: `q, k, v = x W_qᵀ, x W_kᵀ, x W_vᵀ (+ biases)`; short conv on each (no activation); q (per head) and k L2-normalised;
-//! `dt = softplus(x W_dtᵀ + b_dt)` `[T, G]`, `log_a = −dt`, `b = dt · exp(x W_inᵀ + b_in)`; SSD per query head with `d_skip`;
+//! **mamba2**: `q, k, v = x W_qᵀ, x W_kᵀ, x W_vᵀ (+ biases)`; short conv on each (no activation); q (per head) and k L2-normalised,
+//! `x / sqrt(Σx² + 1e-6)`; `dt = softplus(x W_dtᵀ + b_dt)` `[T, G]`, `log_a = −dt`, `b = dt · exp(min(x W_inᵀ + b_in, 30))` (the bound only
+//! keeps f32 finite; no gradient beyond it); SSD per query head with `d_skip`, state from zero;
 //! output `out_gain ⊙ y ⊙ 2σ(x W_zᵀ)`. Tensors, in this order (biases only when the base has them):
 //! `q_proj.weight [G·D, M]`, `k_proj.weight [D, M]`, `v_proj.weight [D, M]`, `q_proj.bias [G·D]`, `k_proj.bias [D]`, `v_proj.bias [D]`,
 //! `q_conv.weight [G·D, K]`, `k_conv.weight [D, K]`, `v_conv.weight [D, K]`, `dt_proj.weight [G, M]`, `dt_proj.bias [G]`,
@@ -20,18 +22,44 @@
 //! rule; same gate and gain. Tensors: q/k/v projections (biases) and convs as above, `dt_proj.weight [1, M]`, `dt_proj.bias [1]`,
 //! `beta_proj.weight [1, M]`, `beta_proj.bias [1]`, `gate_proj.weight [G·D, M]`, `out_gain [G·D]`.
 //!
-//! **mamba** (Mamba-1, `d_inner = G·D`, `R = ceil(M/16)`): `u, z = split(x W_inᵀ)`; conv with bias; SiLU; `Δ_r, B, C = split(u W_xᵀ)`;
+//! **mamba** (Mamba-1, `d_inner = G·D`, `R = ceil(M/16)`): `u, z = split(x W_inᵀ)`; conv with bias on u; SiLU; `Δ_r, B, C = split(u W_xᵀ)`;
 //! `Δ = softplus(Δ_r W_Δᵀ + b_Δ)`; selective scan with `A = −exp(A_log)`, skip `D`; output `y ⊙ silu(z)`. Tensors: `in_proj.weight [2·G·D, M]`,
 //! `conv.weight [G·D, K]`, `conv.bias [G·D]`, `x_proj.weight [R + 2N, G·D]`, `dt_proj.weight [G·D, R]`, `dt_proj.bias [G·D]`, `A_log [G·D, N]`, `D [G·D]`.
 //!
 //! **none**: no tensors.
 
-use crate::plan::MixerSpec;
+mod gated_delta;
+mod init;
+mod layout;
+mod local;
+mod mamba;
+mod mamba2;
+mod memory;
+mod projection;
+mod qkv;
+#[cfg(test)]
+mod tests;
+
+pub use init::{fit_gain, init};
+pub use memory::HeadCache;
+
+use crate::plan::{MixerSpec, RecurrentKind};
 use kernels::{Exec, MatMut, MatRef};
-use weights::ModelConfig;
+use layout::{MambaTensors, QkvTensors};
+use local::LocalSaved;
+use mamba::MambaSaved;
+use memory::Ring;
+use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, reborrow};
+use qkv::{Form, QkvSaved, Rates};
 
 /// Epsilon inside the root of the q/k L2 normalisation.
 pub const L2_EPS: f32 = 1e-6;
+
+/// Upper bound of `in_scale`'s logits before the exponential.
+pub const INPUT_SCALE_MAX: f32 = 30.0;
+
+/// Rows per task of parallel element-wise loops.
+const ROWS_PER_TASK: usize = 64;
 
 /// Sizes of one KV group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,35 +124,6 @@ pub struct HeadLayout {
     pub dims: HeadDims,
 }
 
-impl HeadLayout {
-    /// The layout of any group of a model under `spec`.
-    pub fn new(spec: MixerSpec, config: &ModelConfig) -> Self {
-        let dims = HeadDims {
-            d_model: config.d_model,
-            q_heads: config.group_size(),
-            head_dim: config.head_dim,
-            qkv_bias: config.qkv_bias,
-        };
-        Self { spec, dims }
-    }
-    /// The group's tensors in order; empty for [`crate::RecurrentKind::None`].
-    pub fn tensors(&self) -> Vec<HeadTensorInfo> {
-        todo!()
-    }
-    /// Zeroed tensors (for gradients and moments).
-    pub fn zeros(&self) -> HeadTensors {
-        HeadTensors { values: self.tensors().iter().map(|t| vec![0.0; t.shape.iter().product()]).collect() }
-    }
-    /// An empty cache for one sequence.
-    pub fn new_cache(&self) -> HeadCache {
-        todo!()
-    }
-    /// Constant cache bytes of one group.
-    pub fn cache_bytes(&self) -> usize {
-        todo!()
-    }
-}
-
 /// The base group's projection rows and norms.
 #[derive(Clone, Copy, Debug)]
 pub struct BaseGroup<'a> {
@@ -182,31 +181,130 @@ pub struct HeadEnv<'a> {
     pub inv_freq: &'a [f64],
 }
 
-/// Constant memory of one converted group in one sequence: conv tails, recurrent state (f32), ring of `window + sinks` keys (after RoPE)
-/// and values, and the number of tokens seen.
-#[derive(Clone, Debug)]
-pub struct HeadCache {
-    _private: (),
-}
-
 /// Activations of a head that its backward pass needs.
 pub struct HeadSaved {
-    _private: (),
+    /// Projections that the local branch or a q/k/v recurrence reads.
+    raw: Option<Qkv>,
+    local: Option<LocalSaved>,
+    recurrent: RecurrentSaved,
+}
+
+enum RecurrentSaved {
+    None,
+    Mamba(MambaSaved),
+    Qkv(QkvSaved),
+}
+
+/// A head's tensors by name.
+enum NamedTensors<T> {
+    None,
+    Mamba(MambaTensors<T>),
+    Qkv(QkvTensors<T>),
+}
+
+impl<T> NamedTensors<T> {
+    fn new(layout: &HeadLayout, tensors: impl IntoIterator<Item = T>) -> Self {
+        match layout.spec.recurrent {
+            RecurrentKind::None => Self::None,
+            RecurrentKind::Mamba => Self::Mamba(MambaTensors::new(tensors)),
+            RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => Self::Qkv(QkvTensors::new(layout, tensors)),
+        }
+    }
+}
+
+/// What every step of a pass over one chunk reads.
+struct Ctx<'a> {
+    exec: &'a Exec,
+    env: &'a HeadEnv<'a>,
+    /// `[T, M]`.
+    x: MatRef<'a>,
+}
+
+impl<'a> Ctx<'a> {
+    fn new(exec: &'a Exec, env: &'a HeadEnv<'a>, x: MatRef<'a>) -> Self {
+        assert_eq!(x.cols(), env.layout.dims.d_model, "width of a head's input");
+        Self { exec, env, x }
+    }
+
+    fn weights(&self) -> NamedTensors<&'a [f32]> {
+        NamedTensors::new(&self.env.layout, self.env.weights.values.iter().copied())
+    }
+
+    /// The projections that the branches share, if any branch needs them: the head's own or the base's.
+    fn projections(&self, weights: &NamedTensors<&'a [f32]>) -> Option<Projections<'a>> {
+        match weights {
+            NamedTensors::Qkv(w) => Some(Projections::of_head(w)),
+            _ => self.env.layout.has_local().then(|| Projections::of_base(&self.env.base)),
+        }
+    }
+
+    fn check_output(&self, rows: usize, cols: usize) {
+        assert_eq!((rows, cols), (self.x.rows(), self.env.layout.d_inner()), "shape of a head's output");
+    }
 }
 
 /// Inference: `x` continues the sequence that `cache` has seen; overwrites `out` `[T, G·D]`. Any `T ≥ 0`; `T == 1` takes the step form.
-pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCache, out: MatMut<'_>) {
-    let _ = (exec, env, x, cache, out);
-    todo!()
+pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCache, mut out: MatMut<'_>) {
+    let ctx = Ctx::new(exec, env, x);
+    ctx.check_output(out.rows(), out.cols());
+    if x.rows() == 0 {
+        return;
+    }
+    let weights = ctx.weights();
+    let raw = ctx.projections(&weights).map(|p| p.forward(&ctx));
+    match &raw {
+        Some(raw) if env.layout.has_local() => {
+            local::forward(&ctx, raw, &mut cache.ring, cache.seen, out.reborrow());
+        }
+        _ => fill_zero(&mut out),
+    }
+    let form = if x.rows() == 1 { Form::Step } else { Form::Chunked };
+    recur(&ctx, &weights, raw.as_ref(), cache, form, &mut out);
+    cache.seen += x.rows();
 }
 
 /// Training: one whole sequence from zero state; overwrites `out` and returns what [`backward`] needs.
-pub fn forward_train(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, out: MatMut<'_>) -> HeadSaved {
-    let _ = (exec, env, x, out);
-    todo!()
+pub fn forward_train(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, mut out: MatMut<'_>) -> HeadSaved {
+    let ctx = Ctx::new(exec, env, x);
+    ctx.check_output(out.rows(), out.cols());
+    if x.rows() == 0 {
+        return HeadSaved { raw: None, local: None, recurrent: RecurrentSaved::None };
+    }
+    let weights = ctx.weights();
+    let raw = ctx.projections(&weights).map(|p| p.forward(&ctx));
+    let local = match &raw {
+        Some(raw) if env.layout.has_local() => Some(local::forward_train(&ctx, raw, out.reborrow())),
+        _ => {
+            fill_zero(&mut out);
+            None
+        }
+    };
+    let mut cache = env.layout.new_cache();
+    let recurrent = recur(&ctx, &weights, raw.as_ref(), &mut cache, Form::Chunked, &mut out);
+    HeadSaved { raw, local, recurrent }
+}
+
+/// Adds the recurrent branch to `out`; advances all of `cache` but ring and length.
+fn recur(
+    ctx: &Ctx<'_>,
+    weights: &NamedTensors<&[f32]>,
+    raw: Option<&Qkv>,
+    cache: &mut HeadCache,
+    form: Form,
+    out: &mut MatMut<'_>,
+) -> RecurrentSaved {
+    match weights {
+        NamedTensors::None => RecurrentSaved::None,
+        NamedTensors::Mamba(w) => RecurrentSaved::Mamba(mamba::forward(ctx, w, cache, form, out)),
+        NamedTensors::Qkv(w) => {
+            let raw = raw.expect("a q/k/v recurrence has projections");
+            RecurrentSaved::Qkv(qkv::forward(ctx, w, raw, cache, form, out))
+        }
+    }
 }
 
 /// Gradients from `dout` `[T, G·D]`: added to `grads` (when given), to `dx` `[T, M]` (when given), and to the wanted members of `base_grads`.
+/// Base projections get gradients only from `mamba` and `none`, whose local branch uses them; base norms from any local branch.
 pub fn backward(
     exec: &Exec,
     env: &HeadEnv<'_>,
@@ -214,23 +312,87 @@ pub fn backward(
     saved: &HeadSaved,
     dout: MatRef<'_>,
     grads: Option<&mut HeadTensors>,
-    dx: Option<MatMut<'_>>,
-    base_grads: Option<&mut BaseGroupGrads>,
+    mut dx: Option<MatMut<'_>>,
+    mut base_grads: Option<&mut BaseGroupGrads>,
 ) {
-    let _ = (exec, env, x, saved, dout, grads, dx, base_grads);
-    todo!()
+    let ctx = Ctx::new(exec, env, x);
+    ctx.check_output(dout.rows(), dout.cols());
+    if x.rows() == 0 {
+        return;
+    }
+    let dout: Vec<f32> = (0..dout.rows()).flat_map(|t| dout.row(t)).copied().collect();
+    let weights = ctx.weights();
+    let mut grads = grads.map(|g| NamedTensors::new(&env.layout, g.values.iter_mut().map(Vec::as_mut_slice)));
+    let mut d_raw = Qkv::zeros(x.rows(), env.layout.dims);
+    match (&weights, &saved.recurrent) {
+        (NamedTensors::Mamba(w), RecurrentSaved::Mamba(saved)) => {
+            let grads = grads.as_mut().and_then(NamedTensors::as_mamba);
+            mamba::backward(&ctx, w, saved, &dout, grads, reborrow(&mut dx));
+        }
+        (NamedTensors::Qkv(w), RecurrentSaved::Qkv(recurrent)) => {
+            let raw = saved.raw.as_ref().expect("a q/k/v recurrence has projections");
+            let grads = grads.as_mut().and_then(NamedTensors::as_qkv);
+            qkv::backward(&ctx, w, raw, recurrent, &dout, &mut d_raw, grads, reborrow(&mut dx));
+        }
+        (NamedTensors::None, RecurrentSaved::None) => {}
+        _ => panic!("activations of another kind of head"),
+    }
+    let own = matches!(weights, NamedTensors::Qkv(_));
+    let local_wanted = dx.is_some() || base_grads.is_some() || (own && grads.is_some());
+    if let (Some(raw), Some(local), true) = (&saved.raw, &saved.local, local_wanted) {
+        local::backward(&ctx, raw, local, &dout, &mut d_raw, base_grads.as_deref_mut());
+    }
+    if let Some(projections) = ctx.projections(&weights) {
+        let grads = if own {
+            grads.and_then(NamedTensors::into_projections)
+        } else {
+            base_grads.map(BaseGroupGrads::projections)
+        };
+        if grads.is_some() || dx.is_some() {
+            projections.backward(&ctx, &d_raw, grads.unwrap_or_default(), dx);
+        }
+    }
 }
 
-/// Starting values: attention-initialised for `mamba2` and `gated-delta` (projections copied from the base, identity convs, decay from
-/// `mean_distance` per query head clamped to 2..128, gate 0, gain 1), the usual random Mamba-1 initialisation (seeded) for `mamba`.
-pub fn init(layout: &HeadLayout, base: &BaseGroup<'_>, mean_distance: &[f32], seed: u64) -> HeadTensors {
-    let _ = (layout, base, mean_distance, seed);
-    todo!()
+impl<'a> NamedTensors<&'a mut [f32]> {
+    fn as_mamba(&mut self) -> Option<&mut MambaTensors<&'a mut [f32]>> {
+        match self {
+            Self::Mamba(grads) => Some(grads),
+            _ => None,
+        }
+    }
+
+    fn as_qkv(&mut self) -> Option<&mut QkvTensors<&'a mut [f32]>> {
+        match self {
+            Self::Qkv(grads) => Some(grads),
+            _ => None,
+        }
+    }
+
+    fn into_projections(self) -> Option<ProjectionGrads<'a>> {
+        match self {
+            Self::Qkv(g) => Some(ProjectionGrads {
+                q: LinearGrads { weight: Some(g.q), bias: g.q_bias },
+                k: LinearGrads { weight: Some(g.k), bias: g.k_bias },
+                v: LinearGrads { weight: Some(g.v), bias: g.v_bias },
+            }),
+            _ => None,
+        }
+    }
 }
 
-/// Sets `out_gain` per query head by least squares so that the recurrent branch best explains `target − local(x)`; no-op for mixers without
-/// a gain. `target` is `[T, G·D]`.
-pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_>) -> Option<Vec<f32>> {
-    let _ = (exec, env, x, target);
-    todo!()
+impl BaseGroupGrads {
+    fn projections(&mut self) -> ProjectionGrads<'_> {
+        ProjectionGrads {
+            q: LinearGrads { weight: self.q_proj.as_deref_mut(), bias: self.q_bias.as_deref_mut() },
+            k: LinearGrads { weight: self.k_proj.as_deref_mut(), bias: self.k_bias.as_deref_mut() },
+            v: LinearGrads { weight: self.v_proj.as_deref_mut(), bias: self.v_bias.as_deref_mut() },
+        }
+    }
+}
+
+fn fill_zero(out: &mut MatMut<'_>) {
+    for t in 0..out.rows() {
+        out.row_mut(t).fill(0.0);
+    }
 }

@@ -1,0 +1,135 @@
+//! Starting values of new heads, and the gain fitted on one batch.
+
+use super::{BaseGroup, Ctx, Form, HeadDims, HeadEnv, HeadLayout, HeadTensors, MambaTensors};
+use super::{Projections, QkvTensors, local, qkv};
+use crate::plan::RecurrentKind;
+use kernels::{Exec, MatMut, MatRef, elementwise};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Mean attention distances, in tokens, are clamped to this range before they become a decay.
+const DISTANCE_RANGE: (f32, f32) = (2.0, 128.0);
+/// Mamba-1's Δ starts log-uniform in this range…
+const DELTA_RANGE: (f32, f32) = (1e-3, 1e-1);
+/// …and never below this.
+const DELTA_FLOOR: f32 = 1e-4;
+
+/// Starting values: attention-initialised for `mamba2` and `gated-delta` (projections copied from the base, identity convs, decay from
+/// `mean_distance` per query head clamped to 2..128, gate 0, gain 1), the usual random Mamba-1 initialisation (seeded) for `mamba`.
+///
+/// `mean_distance` has one value per query head (ignored by `mamba` and `none`); `gated-delta`, with one decay per group, takes the mean
+/// of the clamped values. Weights of the rate projections, `in_scale`, `beta` biases and `d_skip` start at 0. Panics when lengths do not fit.
+pub fn init(layout: &HeadLayout, base: &BaseGroup<'_>, mean_distance: &[f32], seed: u64) -> HeadTensors {
+    let mut tensors = layout.zeros();
+    let slices = tensors.values.iter_mut().map(Vec::as_mut_slice);
+    match layout.spec.recurrent {
+        RecurrentKind::None => {}
+        RecurrentKind::Mamba => init_mamba(layout, MambaTensors::new(slices), seed),
+        RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => {
+            init_from_attention(layout, base, mean_distance, QkvTensors::new(layout, slices));
+        }
+    }
+    tensors
+}
+
+fn init_from_attention(
+    layout: &HeadLayout,
+    base: &BaseGroup<'_>,
+    mean_distance: &[f32],
+    w: QkvTensors<&mut [f32]>,
+) {
+    let HeadDims { q_heads, .. } = layout.dims;
+    assert_eq!(mean_distance.len(), q_heads, "one mean distance per query head of the group");
+    assert!(mean_distance.iter().all(|d| d.is_finite()), "mean distances must be finite: {mean_distance:?}");
+    w.q.copy_from_slice(base.q_proj);
+    w.k.copy_from_slice(base.k_proj);
+    w.v.copy_from_slice(base.v_proj);
+    let biases = [(w.q_bias, base.q_bias), (w.k_bias, base.k_bias), (w.v_bias, base.v_bias)];
+    for (own, base) in biases {
+        if let Some(own) = own {
+            own.copy_from_slice(base.expect("the base of a biased layout has biases"));
+        }
+    }
+    let d_conv = layout.spec.d_conv;
+    for conv in [w.q_conv, w.k_conv, w.v_conv] {
+        conv.chunks_exact_mut(d_conv).for_each(|taps| taps[d_conv - 1] = 1.0);
+    }
+    let clamped: Vec<f32> =
+        mean_distance.iter().map(|d| d.clamp(DISTANCE_RANGE.0, DISTANCE_RANGE.1)).collect();
+    match layout.spec.recurrent {
+        RecurrentKind::GatedDelta => {
+            let mean = clamped.iter().sum::<f32>() / q_heads as f32;
+            w.dt_bias[0] = inverse_softplus(1.0 / mean);
+        }
+        _ => w.dt_bias.iter_mut().zip(&clamped).for_each(|(b, d)| *b = inverse_softplus(1.0 / d)),
+    }
+    w.gain.fill(1.0);
+}
+
+/// As in the reference implementation of arXiv 2312.00752 (`mamba_simple.py`).
+fn init_mamba(layout: &HeadLayout, w: MambaTensors<&mut [f32]>, seed: u64) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let d_state = layout.spec.d_state;
+    let mut uniform = |values: &mut [f32], fan_in: usize| {
+        let bound = 1.0 / (fan_in as f32).sqrt();
+        values.iter_mut().for_each(|v| *v = rng.random_range(-bound..=bound));
+    };
+    uniform(w.in_proj, layout.dims.d_model);
+    uniform(w.conv, layout.spec.d_conv);
+    uniform(w.conv_bias, layout.spec.d_conv);
+    uniform(w.x_proj, layout.d_inner());
+    uniform(w.dt, layout.dt_rank());
+    let (low, high) = (DELTA_RANGE.0.ln(), DELTA_RANGE.1.ln());
+    for bias in w.dt_bias {
+        *bias = inverse_softplus(rng.random_range(low..=high).exp().max(DELTA_FLOOR));
+    }
+    for row in w.a_log.chunks_exact_mut(d_state) {
+        row.iter_mut().enumerate().for_each(|(n, a)| *a = ((n + 1) as f32).ln());
+    }
+    w.d.fill(1.0);
+}
+
+/// `ln(e^y − 1)` for `y > 0`.
+fn inverse_softplus(y: f32) -> f32 {
+    y + (-(-y).exp_m1()).ln()
+}
+
+/// `out_gain` per query head by least squares so that the recurrent branch best explains `target − local(x)`: `⟨y,t⟩/⟨y,y⟩` with `y` the
+/// recurrence's output before gain and gate (a new head's gate is 1), repeated for the head's channels; 1 where `y` is 0.
+/// `None` for mixers without a gain. `x` is one sequence from its start, `target` is `[T, G·D]`.
+pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_>) -> Option<Vec<f32>> {
+    let layout = &env.layout;
+    match layout.spec.recurrent {
+        RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => {}
+        RecurrentKind::None | RecurrentKind::Mamba => return None,
+    }
+    let ctx = Ctx::new(exec, env, x);
+    let HeadDims { q_heads, head_dim, .. } = layout.dims;
+    let (seq, d_inner) = (x.rows(), q_heads * head_dim);
+    assert_eq!((target.rows(), target.cols()), (seq, d_inner), "target shape");
+    let w = QkvTensors::new(layout, env.weights.values.iter().copied());
+    let raw = Projections::of_head(&w).forward(&ctx);
+    let mut local_out = vec![0.0; seq * d_inner];
+    let mut cache = layout.new_cache();
+    if layout.has_local() {
+        let out = MatMut::dense(&mut local_out, seq, d_inner);
+        local::forward(&ctx, &raw, &mut cache.ring, 0, out);
+    }
+    let (_, y) = qkv::recurrence(&ctx, &w, &raw, &mut cache, Form::Chunked);
+    let mut gain = Vec::with_capacity(d_inner);
+    let mut rest = vec![0.0; head_dim];
+    for head in 0..q_heads {
+        let (mut explained, mut power) = (0.0, 0.0);
+        for t in 0..seq {
+            let from = t * d_inner + head * head_dim;
+            let (y, local) = (&y[from..from + head_dim], &local_out[from..from + head_dim]);
+            let target = &target.row(t)[head * head_dim..(head + 1) * head_dim];
+            rest.iter_mut().zip(target).zip(local).for_each(|((r, t), l)| *r = t - l);
+            explained += elementwise::dot(y, &rest);
+            power += elementwise::dot(y, y);
+        }
+        let fitted = if power > 0.0 { (explained / power) as f32 } else { 1.0 };
+        gain.extend(std::iter::repeat_n(fitted, head_dim));
+    }
+    Some(gain)
+}

@@ -1,0 +1,139 @@
+//! The local branch: softmax attention over the last `window` tokens and the first `sinks`, rotary positions and norms as in the base.
+
+use super::{BaseGroup, BaseGroupGrads, Ctx, HeadDims, Qkv, Ring};
+use kernels::attention::{AttnMask, AttnSaved, AttnShape, attention, attention_backward};
+use kernels::rope::{Rotation, rope};
+use kernels::{MatMut, MatRef, elementwise};
+
+/// What the backward pass reads besides the raw projections.
+pub(super) struct LocalSaved {
+    /// Queries after norm and RoPE.
+    q: Vec<f32>,
+    /// Keys after norm and RoPE.
+    k: Vec<f32>,
+    out: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+/// Overwrites `out` with the attention of a chunk that continues the `seen` tokens of `ring`, and updates `ring`.
+pub(super) fn forward(ctx: &Ctx<'_>, raw: &Qkv, ring: &mut Ring, seen: usize, out: MatMut<'_>) {
+    let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
+    let seq = ctx.x.rows();
+    let (q, k) = rotated(ctx, raw, seen);
+    let (keys, values) = ring.followed_by(seen, &k, &raw.v);
+    let kv_pos: Vec<usize> = ring.positions(seen).chain(seen..seen + seq).collect();
+    attention(
+        ctx.exec,
+        shape(ctx),
+        mask(ctx, seen, &kv_pos),
+        MatRef::dense(&q, seq, q_heads * head_dim),
+        MatRef::dense(&keys, kv_pos.len(), head_dim),
+        MatRef::dense(&values, kv_pos.len(), head_dim),
+        out,
+        None,
+    );
+    ring.push(seen, &k, &raw.v);
+}
+
+/// [`forward`] of a whole sequence, keeping what [`backward`] needs.
+pub(super) fn forward_train(ctx: &Ctx<'_>, raw: &Qkv, mut out: MatMut<'_>) -> LocalSaved {
+    let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
+    let seq = ctx.x.rows();
+    let (q, k) = rotated(ctx, raw, 0);
+    let kv_pos: Vec<usize> = (0..seq).collect();
+    let mut dense = vec![0.0; seq * q_heads * head_dim];
+    let mut lse = vec![0.0; seq * q_heads];
+    attention(
+        ctx.exec,
+        shape(ctx),
+        mask(ctx, 0, &kv_pos),
+        MatRef::dense(&q, seq, q_heads * head_dim),
+        MatRef::dense(&k, seq, head_dim),
+        MatRef::dense(&raw.v, seq, head_dim),
+        MatMut::dense(&mut dense, seq, q_heads * head_dim),
+        Some(&mut lse),
+    );
+    for (t, row) in dense.chunks_exact(q_heads * head_dim).enumerate() {
+        out.row_mut(t).copy_from_slice(row);
+    }
+    LocalSaved { q, k, out: dense, lse }
+}
+
+/// Adds to `d_raw`, and to the wanted norm gradients.
+pub(super) fn backward(
+    ctx: &Ctx<'_>,
+    raw: &Qkv,
+    saved: &LocalSaved,
+    dout: &[f32],
+    d_raw: &mut Qkv,
+    base_grads: Option<&mut BaseGroupGrads>,
+) {
+    let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
+    let (seq, d_inner) = (ctx.x.rows(), q_heads * head_dim);
+    let kv_pos: Vec<usize> = (0..seq).collect();
+    let (mut dq, mut dk) = (vec![0.0; raw.q.len()], vec![0.0; raw.k.len()]);
+    let inputs = AttnSaved {
+        q: MatRef::dense(&saved.q, seq, d_inner),
+        k: MatRef::dense(&saved.k, seq, head_dim),
+        v: MatRef::dense(&raw.v, seq, head_dim),
+        out: MatRef::dense(&saved.out, seq, d_inner),
+        lse: &saved.lse,
+        dout: MatRef::dense(dout, seq, d_inner),
+    };
+    attention_backward(ctx.exec, shape(ctx), mask(ctx, 0, &kv_pos), inputs, &mut dq, &mut dk, &mut d_raw.v);
+    let (inv_freq, base) = (ctx.env.inv_freq, &ctx.env.base);
+    rope(ctx.exec, &mut dq, head_dim, inv_freq, seq, 0, Rotation::Inverse);
+    rope(ctx.exec, &mut dk, head_dim, inv_freq, seq, 0, Rotation::Inverse);
+    let (q_norm, k_norm) = match base_grads {
+        Some(grads) => (grads.q_norm.as_deref_mut(), grads.k_norm.as_deref_mut()),
+        None => (None, None),
+    };
+    norm_backward(ctx, base, base.q_norm, &raw.q, &dq, &mut d_raw.q, q_norm);
+    norm_backward(ctx, base, base.k_norm, &raw.k, &dk, &mut d_raw.k, k_norm);
+}
+
+fn norm_backward(
+    ctx: &Ctx<'_>,
+    base: &BaseGroup<'_>,
+    weight: Option<&[f32]>,
+    x: &[f32],
+    dout: &[f32],
+    dx: &mut [f32],
+    dweight: Option<&mut [f32]>,
+) {
+    match weight {
+        Some(weight) => {
+            elementwise::rms_norm_backward(ctx.exec, x, weight, base.norm_eps, dout, dx, dweight);
+        }
+        None => elementwise::axpy(ctx.exec, 1.0, dout, dx),
+    }
+}
+
+/// Queries and keys after the base's norms and RoPE, the first row at position `pos0`.
+fn rotated(ctx: &Ctx<'_>, raw: &Qkv, pos0: usize) -> (Vec<f32>, Vec<f32>) {
+    let base = &ctx.env.base;
+    let one = |raw: &[f32], norm: Option<&[f32]>| {
+        let mut rotated = match norm {
+            Some(weight) => {
+                let mut out = vec![0.0; raw.len()];
+                elementwise::rms_norm(ctx.exec, raw, weight, base.norm_eps, &mut out);
+                out
+            }
+            None => raw.to_vec(),
+        };
+        let (head_dim, seq) = (ctx.env.layout.dims.head_dim, ctx.x.rows());
+        rope(ctx.exec, &mut rotated, head_dim, ctx.env.inv_freq, seq, pos0, Rotation::Forward);
+        rotated
+    };
+    (one(&raw.q, base.q_norm), one(&raw.k, base.k_norm))
+}
+
+fn shape(ctx: &Ctx<'_>) -> AttnShape {
+    let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
+    AttnShape { q_heads, kv_heads: 1, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+}
+
+fn mask<'a>(ctx: &Ctx<'_>, q_pos0: usize, kv_pos: &'a [usize]) -> AttnMask<'a> {
+    let spec = &ctx.env.layout.spec;
+    AttnMask::Local { q_pos0, kv_pos, window: spec.window, sinks: spec.sinks }
+}
