@@ -1,1 +1,82 @@
-fn main(){}
+//! The `recurformer` command: parses arguments, calls the library crates, prints. Holds no logic of its own.
+#![forbid(unsafe_code)]
+
+mod common;
+mod commands;
+mod ui;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Turn pretrained Transformers into hybrids whose recency-aware attention heads are recurrent, and run them.
+///
+/// Data goes to stdout, progress and messages to stderr. Exit code 2 means wrong usage, 1 any other failure, 130 an interruption.
+#[derive(Parser)]
+#[command(name = "recurformer", version, max_term_width = 110, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Quickstart(commands::quickstart::Args),
+    Fetch(commands::fetch::Args),
+    Inspect(commands::inspect::Args),
+    Logits(commands::logits::Args),
+    Analyze(commands::analyze::Args),
+    Align(commands::align::Args),
+    Plan(commands::plan::Args),
+    Convert(commands::convert::Args),
+    Heal(commands::heal::Args),
+    Generate(commands::generate::Args),
+    Chat(commands::chat::Args),
+    Eval(commands::eval::Args),
+    Bench(commands::bench::Args),
+    Doctor(commands::doctor::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut ui = match ui::Ui::new() {
+        Ok(ui) => ui,
+        Err(error) => return report(&error),
+    };
+    let result = match cli.command {
+        Command::Quickstart(args) => commands::quickstart::run(&args, &mut ui),
+        Command::Fetch(args) => commands::fetch::run(&args, &mut ui),
+        Command::Inspect(args) => commands::inspect::run(&args, &mut ui),
+        Command::Logits(args) => commands::logits::run(&args, &mut ui),
+        Command::Analyze(args) => commands::analyze::run(&args, &mut ui),
+        Command::Align(args) => commands::align::run(&args, &mut ui),
+        Command::Plan(args) => commands::plan::run(&args, &mut ui),
+        Command::Convert(args) => commands::convert::run(&args, &mut ui),
+        Command::Heal(args) => commands::heal::run(&args, &mut ui),
+        Command::Generate(args) => commands::generate::run(&args, &mut ui),
+        Command::Chat(args) => commands::chat::run(&args, &mut ui),
+        Command::Eval(args) => commands::eval::run(&args, &mut ui),
+        Command::Bench(args) => commands::bench::run(&args, &mut ui),
+        Command::Doctor(args) => commands::doctor::run(&args, &mut ui),
+    };
+    ui.clear();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(&error),
+    }
+}
+
+/// Prints an error with its causes, and chooses the exit code.
+fn report(error: &anyhow::Error) -> ExitCode {
+    if error.chain().filter_map(|e| e.downcast_ref::<std::io::Error>()).any(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
+    let text = format!("{error:#}");
+    eprintln!("error: {text}");
+    if error.is::<common::Usage>() {
+        ExitCode::from(2)
+    } else if text.starts_with("interrupted") {
+        ExitCode::from(130)
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,110 @@
+//! `align`: trains the head bank.
+
+use crate::common::{DataArgs, ExecArgs, MixerArg, check_context, check_output, documents, load, sequences, usage};
+use crate::ui::Ui;
+use anyhow::Result;
+use eval::report::number;
+use std::path::PathBuf;
+use surgery::{HeadBank, HeadsReport, bank::init_bank};
+use train::align::{AlignOptions, align};
+use train::data::{self, SequenceStream, Split};
+
+/// Train a replacement head for every KV group, layer by layer, from the model's own inputs and outputs.
+///
+/// The bank does not depend on a budget: plans of any beta are made from it. An existing bank is extended with --extend; an
+/// interrupted run goes on with --resume.
+///
+/// Example:
+///   recurformer align --model smollm2-135m --heads heads.json --data english-small --tokens 65536 \
+///     --mixer mamba2 --window 16 --out bank.safetensors
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Folder, GGUF file, hub id or built-in name.
+    #[arg(long)]
+    model: String,
+    /// heads.json of the same model: mean distances set the starting decays.
+    #[arg(long)]
+    heads: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
+    /// Tokens to train on in this run.
+    #[arg(long, default_value_t = 65_536)]
+    tokens: u64,
+    /// Tokens per sequence.
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Recurrent part of the replacement.
+    #[arg(long, value_enum, default_value_t = MixerArg::Mamba2)]
+    mixer: MixerArg,
+    /// Tokens of the local attention window beside it; 0: none.
+    #[arg(long, default_value_t = 16)]
+    window: usize,
+    /// First tokens the window always sees (default: 1 with a window).
+    #[arg(long)]
+    sinks: Option<usize>,
+    /// Tokens per optimiser step.
+    #[arg(long, default_value_t = 1024)]
+    tokens_per_step: usize,
+    /// Peak learning rate.
+    #[arg(long)]
+    lr: Option<f32>,
+    /// Held-out tokens for the error, and again as many for mixer-fisher.
+    #[arg(long, default_value_t = 4096)]
+    measure_tokens: usize,
+    /// Seed.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The bank to write.
+    #[arg(long)]
+    out: PathBuf,
+    /// Continue an interrupted run.
+    #[arg(long)]
+    resume: bool,
+    /// Train the existing bank at --out on more tokens.
+    #[arg(long, conflicts_with = "resume")]
+    extend: bool,
+    /// JSONL file for the metrics.
+    #[arg(long)]
+    metrics: Option<PathBuf>,
+    #[command(flatten)]
+    exec: ExecArgs,
+}
+
+pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    if args.mixer == MixerArg::None {
+        return Err(usage("mixer `none` has nothing to train; use `plan` without a bank"));
+    }
+    check_output(&args.out, args.resume || args.extend)?;
+    let exec = args.exec.exec()?;
+    let loaded = load(&args.model, ui)?;
+    let config = &loaded.model.config;
+    check_context(config, args.context)?;
+    let spec = args.mixer.spec(config, args.window, args.sinks)?;
+    let heads = HeadsReport::read(&args.heads)?;
+    let (train, heldout) = data::split_pair(documents(&args.data, Split::Train, &loaded, &exec, ui)?);
+    let measure_context = args.context.max(512).min(config.max_context);
+    let bank = if args.extend { HeadBank::read(&args.out, config)? } else { init_bank(&loaded.model, spec, &heads, args.seed)? };
+    let options = AlignOptions {
+        tokens: args.tokens,
+        tokens_per_step: args.tokens_per_step,
+        lr: args.lr.unwrap_or(AlignOptions::default().lr),
+        heldout: sequences(&heldout, measure_context, args.measure_tokens, args.seed)?,
+        fisher: sequences(&train, measure_context, args.measure_tokens, args.seed ^ 1)?,
+        out: args.out.clone(),
+        resume: args.resume,
+        metrics: args.metrics.clone(),
+        ..AlignOptions::default()
+    };
+    let mut stream = SequenceStream::new(&train, args.context, args.seed)?;
+    let bank = align(&exec, &loaded.model, bank, &mut stream, &options, ui)?;
+    println!("layer  held-out relative error per group   mixer-fisher cost per group");
+    for (layer, (errors, costs)) in bank.info.heldout_error.iter().zip(&bank.info.mixer_fisher).enumerate() {
+        let join = |v: &[f64]| v.iter().map(|&x| number(x)).collect::<Vec<_>>().join("  ");
+        println!("{layer:>5}  {:<34}  {}", join(errors), costs.iter().map(|c| format!("{c:.2e}")).collect::<Vec<_>>().join("  "));
+    }
+    let all: Vec<f64> = bank.info.heldout_error.iter().flatten().copied().collect();
+    println!("mean held-out relative error {} after {} tokens", number(all.iter().sum::<f64>() / all.len() as f64), bank.info.tokens);
+    println!("wrote {}", args.out.display());
+    Ok(())
+}

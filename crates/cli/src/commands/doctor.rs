@@ -1,0 +1,25 @@
+//! `doctor`: what this CPU has, what is used, how fast it is.
+
+use crate::common::ExecArgs;
+use crate::ui::Ui;
+use anyhow::Result;
+use kernels::{Isa, measure};
+
+/// Show what this CPU can do, which instruction set is used, and its measured speed.
+///
+/// RECURFORMER_ISA=scalar|avx2|avx512|neon forces an instruction set.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    exec: ExecArgs,
+}
+
+pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
+    let exec = args.exec.exec()?;
+    let available: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
+    println!("available     {}", available.join(", "));
+    println!("in use        {} with {} threads", exec.isa().name(), exec.threads());
+    println!("f32 GEMM      {:.0} GFLOP/s", measure::gemm_gflops(&exec));
+    println!("memory read   {:.1} GB/s", measure::read_gb_s(&exec));
+    Ok(())
+}

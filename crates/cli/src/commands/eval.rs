@@ -1,0 +1,185 @@
+//! `eval`: perplexity, divergence from a base, passkey retrieval.
+
+use crate::common::{DataArgs, ExecArgs, check_context, documents, load, print_json, usage};
+use crate::ui::Ui;
+use anyhow::Result;
+use clap::Subcommand;
+use eval::passkey::{PasskeyOptions, passkey};
+use eval::quality::{Quality, evaluate};
+use eval::report::number;
+use eval::text::{WindowOptions, windows};
+use serde_json::{Value, json};
+use train::data::Split;
+
+/// Measure a model on held-out text or on retrieval, beside its base when one is given.
+///
+/// Examples:
+///   recurformer eval ppl --model healed --base smollm2-135m --data english-small --context 1024
+///   recurformer eval kl --model healed --base smollm2-135m --data book.txt
+///   recurformer eval passkey --model healed --base smollm2-135m --contexts 512,1024,2048
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Perplexity per file and their geometric mean.
+    Ppl(TextArgs),
+    /// KL(base ‖ model) per token and agreement of the best tokens.
+    Kl(TextArgs),
+    /// A number hidden in noise, asked for at the end.
+    Passkey(PasskeyArgs),
+}
+
+#[derive(clap::Args)]
+struct TextArgs {
+    /// Folder, GGUF file, hub id or built-in name.
+    #[arg(long)]
+    model: String,
+    /// The base model to compare with (required for kl).
+    #[arg(long)]
+    base: Option<String>,
+    #[command(flatten)]
+    data: DataArgs,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 1024)]
+    context: usize,
+    /// Score only the last S tokens of overlapping windows.
+    #[arg(long, value_name = "S")]
+    stride: Option<usize>,
+    /// Prepend the beginning-of-sequence token to every window.
+    #[arg(long)]
+    bos: bool,
+    /// At most this many tokens of each file.
+    #[arg(long)]
+    max_tokens: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    exec: ExecArgs,
+}
+
+#[derive(clap::Args)]
+struct PasskeyArgs {
+    /// Folder, GGUF file, hub id or built-in name.
+    #[arg(long)]
+    model: String,
+    /// A model to compare with.
+    #[arg(long)]
+    base: Option<String>,
+    /// Context lengths in tokens, comma-separated.
+    #[arg(long, value_delimiter = ',', default_value = "512,1024,2048")]
+    contexts: Vec<usize>,
+    /// Prompts per context.
+    #[arg(long, default_value_t = 12)]
+    samples: usize,
+    /// Seed of the numbers.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    exec: ExecArgs,
+}
+
+pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    match &args.what {
+        What::Ppl(args) => text(args, false, ui),
+        What::Kl(args) => text(args, true, ui),
+        What::Passkey(args) => retrieval(args, ui),
+    }
+}
+
+fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
+    if divergence && args.base.is_none() {
+        return Err(usage("eval kl needs --base"));
+    }
+    let exec = args.exec.exec()?;
+    let loaded = load(&args.model, ui)?;
+    let base = args.base.as_deref().map(|name| load(name, ui)).transpose()?;
+    let config = &loaded.model.config;
+    check_context(config, args.context)?;
+    let bos = match (args.bos, config.bos_token_id) {
+        (false, _) => None,
+        (true, Some(id)) => Some(id),
+        (true, None) => return Err(usage("--bos: the model names no beginning-of-sequence token")),
+    };
+    let documents = documents(&args.data, Split::Heldout, &loaded, &exec, ui)?;
+    let options = WindowOptions { context: args.context, stride: args.stride, bos, max_tokens: args.max_tokens };
+    let texts = windows(&documents, &options)?;
+    let mut models = vec![&loaded.model];
+    if !divergence {
+        models.extend(base.as_ref().map(|b| &b.model));
+    }
+    let reference = base.as_ref().map(|b| &b.model);
+    let results = evaluate(&exec, reference, &models, &texts, ui)?;
+    if args.json {
+        let mut value: Value = serde_json::to_value(&results[0])?;
+        if let Some(other) = results.get(1) {
+            value["base"] = serde_json::to_value(other)?;
+        }
+        value["context"] = json!(args.context);
+        return print_json(&value);
+    }
+    table(&results, divergence);
+    Ok(())
+}
+
+fn table(results: &[Quality], divergence: bool) {
+    let own = &results[0];
+    let base = results.get(1);
+    let columns = |ppl: f64, kl: Option<f64>, agree: Option<f64>| -> String {
+        let kl = kl.map_or(String::new(), |kl| format!(" {kl:>9.4}"));
+        let agree = agree.map_or(String::new(), |a| format!(" {:>9.1} %", 100.0 * a));
+        format!("{:>10}{kl}{agree}", number(ppl))
+    };
+    let compared = own.overall.kl.is_some();
+    println!(
+        "{:<28} {:>8} {:>10}{}{}",
+        "file",
+        "tokens",
+        "ppl",
+        if compared { "        KL      top-1" } else { "" },
+        if base.is_some() { "    base ppl" } else { "" }
+    );
+    for (i, file) in own.files.iter().enumerate() {
+        let beside = base.map_or(String::new(), |b| format!(" {:>11}", number(b.files[i].ppl)));
+        println!("{:<28} {:>8} {}{beside}", file.name, file.tokens, columns(file.ppl, file.kl, file.top1_agreement));
+    }
+    let overall = &own.overall;
+    let beside = base.map_or(String::new(), |b| format!(" {:>11}", number(b.overall.ppl)));
+    let label = if divergence { "all" } else { "all (geometric mean)" };
+    println!("{label:<28} {:>8} {}{beside}", overall.tokens, columns(overall.ppl, overall.kl, overall.top1_agreement));
+}
+
+fn retrieval(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
+    let exec = args.exec.exec()?;
+    let options = PasskeyOptions { contexts: args.contexts.clone(), samples: args.samples, seed: args.seed };
+    let mut measure = |name: &str| -> Result<_> {
+        let loaded = load(name, ui)?;
+        for &context in &options.contexts {
+            check_context(&loaded.model.config, context)?;
+        }
+        Ok(passkey(&exec, &loaded.model, &loaded.tokenizer()?, &options, ui)?)
+    };
+    let results = measure(&args.model)?;
+    let base = args.base.as_deref().map(&mut measure).transpose()?;
+    if args.json {
+        let mut value = json!({"results": results, "seed": args.seed});
+        if let Some(base) = &base {
+            value["base"] = json!({"results": base});
+        }
+        return print_json(&value);
+    }
+    println!("{:>8} {:>10}{}", "context", "correct", if base.is_some() { "       base" } else { "" });
+    for (i, r) in results.iter().enumerate() {
+        let beside = base.as_ref().map_or(String::new(), |b| format!(" {:>7}/{}", b[i].correct, b[i].samples));
+        println!("{:>8} {:>7}/{}{beside}", r.context, r.correct, r.samples);
+    }
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! `generate`: continues a prompt.
+
+use crate::common::{ExecArgs, load, print_json, usage};
+use crate::ui::Ui;
+use anyhow::{Context, Result};
+use model::generate::{Finish, GenerateLimits, generate};
+use model::{Sampler, SamplerOptions};
+use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use weights::Tokenizer;
+
+/// Continue a prompt, streaming the text.
+///
+/// Examples:
+///   recurformer generate --model smollm2-135m --prompt "The whale" --max-tokens 64
+///   recurformer generate --model healed --prompt-file notes.txt --temperature 0.8 --top-p 0.95 --seed 7 --json
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Folder, GGUF file, hub id or built-in name.
+    #[arg(long)]
+    model: String,
+    /// The prompt.
+    #[arg(long, required_unless_present_any = ["prompt_file", "tokens"])]
+    prompt: Option<String>,
+    /// Read the prompt from a file.
+    #[arg(long, conflicts_with = "prompt")]
+    prompt_file: Option<PathBuf>,
+    /// The prompt as token ids, comma-separated.
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["prompt", "prompt_file"])]
+    tokens: Option<Vec<u32>>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Print one JSON object at the end instead of streaming.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    exec: ExecArgs,
+}
+
+/// Sampling options, shared with `chat`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct SamplingArgs {
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 128)]
+    pub max_tokens: usize,
+    /// 0: always the most probable token.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Keep the K most probable tokens; 0: all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the smallest set of tokens with this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Drop tokens below this share of the most probable one.
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Penalty on tokens already seen; 1: off.
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Seed of the draw.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop when this text appears (may be repeated).
+    #[arg(long)]
+    pub stop: Vec<String>,
+}
+
+impl SamplingArgs {
+    /// The sampler.
+    pub fn sampler(&self) -> Result<Sampler> {
+        Ok(Sampler::new(SamplerOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        })
+        .map_err(|e| usage(e.to_string()))?)
+    }
+}
+
+pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    let exec = args.exec.exec()?;
+    let mut sampler = args.sampling.sampler()?;
+    let loaded = load(&args.model, ui)?;
+    let (model, tokenizer) = (&loaded.model, loaded.tokenizer()?);
+    let prompt = match (&args.tokens, &args.prompt_file, &args.prompt) {
+        (Some(tokens), _, _) => tokens.clone(),
+        (_, Some(path), _) => tokenizer.encode(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?, true)?,
+        (_, _, Some(text)) => tokenizer.encode(text, true)?,
+        _ => return Err(usage("give --prompt, --prompt-file or --tokens")),
+    };
+    if prompt.is_empty() {
+        return Err(usage("the prompt holds no token"));
+    }
+    let mut cache = model.new_cache();
+    let mut history = Vec::new();
+    let mut text = StopText::new(&tokenizer, &args.sampling.stop);
+    let mut ids = Vec::new();
+    let stop = ui.stop_flag();
+    let clock = Instant::now();
+    let mut first_token = None;
+    let mut out = std::io::stdout().lock();
+    let mut failure = None;
+    let limits = GenerateLimits { max_new: args.sampling.max_tokens, stop_ids: &model.config.eos_token_ids };
+    let finish = generate(&exec, model, &mut cache, &mut history, &prompt, &mut sampler, limits, |id| {
+        first_token.get_or_insert_with(|| clock.elapsed().as_secs_f64());
+        ids.push(id);
+        let emitted = text.push(id).and_then(|new| {
+            if !args.json {
+                write!(out, "{new}").and_then(|()| out.flush())?;
+            }
+            Ok(())
+        });
+        if let Err(error) = emitted {
+            failure = Some(error);
+            return false;
+        }
+        !text.stopped && !stop.load(Ordering::SeqCst)
+    })?;
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    let seconds = clock.elapsed().as_secs_f64();
+    let rest = text.finish();
+    if args.json {
+        return print_json(&json!({
+            "text": text.text, "tokens": ids, "prompt_tokens": prompt.len(),
+            "finish": if text.stopped { "stop" } else { finish_name(finish) },
+            "first_token_s": first_token, "seconds": seconds, "cache_bytes": cache.bytes(), "cache_tokens": cache.len(),
+        }));
+    }
+    writeln!(out, "{rest}")?;
+    let decode = (ids.len().max(1) - 1) as f64 / (seconds - first_token.unwrap_or(seconds)).max(1e-9);
+    ui.say(&format!(
+        "[{} + {} tokens; first after {:.2} s, then {decode:.1} tokens/s; cache {}]",
+        prompt.len(),
+        ids.len(),
+        first_token.unwrap_or(seconds),
+        eval::report::bytes(cache.bytes())
+    ));
+    Ok(())
+}
+
+
+fn finish_name(finish: Finish) -> &'static str {
+    match finish {
+        Finish::EndOfText | Finish::Stopped => "stop",
+        Finish::Length => "length",
+    }
+}
+
+/// Decodes a stream of tokens and holds text back while it may be the start of a stop string.
+pub struct StopText<'a> {
+    stream: weights::tokenizer::TokenStream<'a>,
+    stops: &'a [String],
+    /// Text released so far.
+    pub text: String,
+    held: String,
+    /// Whether a stop string appeared.
+    pub stopped: bool,
+}
+
+impl<'a> StopText<'a> {
+    /// A decoder that stops at any of `stops`.
+    pub fn new(tokenizer: &'a Tokenizer, stops: &'a [String]) -> Self {
+        Self { stream: tokenizer.stream(), stops, text: String::new(), held: String::new(), stopped: false }
+    }
+
+    /// Text released by this token.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.held.push_str(&self.stream.push(id)?);
+        if let Some(at) = self.stops.iter().filter(|s| !s.is_empty()).filter_map(|s| self.held.find(s.as_str())).min() {
+            self.held.truncate(at);
+            self.stopped = true;
+            return Ok(self.finish());
+        }
+        let keep = self.stops.iter().map(|s| partial_suffix(&self.held, s)).max().unwrap_or(0);
+        let released: String = self.held.drain(..self.held.len() - keep).collect();
+        self.text.push_str(&released);
+        Ok(released)
+    }
+
+    /// Releases what was held back.
+    pub fn finish(&mut self) -> String {
+        let rest = std::mem::take(&mut self.held);
+        self.text.push_str(&rest);
+        rest
+    }
+}
+
+/// Bytes of the longest proper prefix of `stop` that `text` ends with.
+fn partial_suffix(text: &str, stop: &str) -> usize {
+    stop.char_indices().map(|(i, _)| i).rev().find(|&n| n > 0 && text.ends_with(&stop[..n])).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::partial_suffix;
+
+    #[test]
+    fn a_possible_beginning_of_a_stop_string_is_held_back() {
+        assert_eq!(partial_suffix("hello <|", "<|end|>"), 2);
+        assert_eq!(partial_suffix("hello", "<|end|>"), 0);
+        assert_eq!(partial_suffix("naïve é", "éa"), 2);
+        assert_eq!(partial_suffix("aa", "aab"), 2);
+    }
+}

@@ -1,0 +1,130 @@
+//! `heal`: end-to-end training of a hybrid.
+
+use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load, usage};
+use crate::ui::Ui;
+use anyhow::{Result, bail};
+use std::path::PathBuf;
+use surgery::convert::save_model;
+use train::data::{SequenceStream, Split};
+use train::heal::{HealOptions, Stage, Trainable, heal};
+
+/// Train a hybrid end to end, so that it matches its base again.
+///
+/// `distill` minimises kl-weight × KL(base ‖ hybrid) + ce-weight × next-token loss; `continue` is next-token training only. State is
+/// saved every few minutes in `<out>.train`; after an interruption the same command with --resume ends with the same weights.
+///
+/// Example:
+///   recurformer heal --model hybrid --base smollm2-135m --data english-small --stage distill --tokens 32768 --out healed
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Folder of the hybrid, from `convert`.
+    #[arg(long)]
+    model: String,
+    /// The base model it was made from.
+    #[arg(long)]
+    base: String,
+    #[command(flatten)]
+    data: DataArgs,
+    /// Loss.
+    #[arg(long, value_enum, default_value_t = StageArg::Distill)]
+    stage: StageArg,
+    /// Tokens to train on.
+    #[arg(long, default_value_t = 32_768)]
+    tokens: u64,
+    /// Tokens per sequence.
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Sequences per micro-batch.
+    #[arg(long, default_value_t = 2)]
+    batch: usize,
+    /// Micro-batches per optimiser step.
+    #[arg(long, default_value_t = 1)]
+    accumulate: usize,
+    /// What trains besides the new heads: heads, norms, lora:RANK or all.
+    #[arg(long, default_value = "heads", value_parser = parse_trainable)]
+    train: Trainable,
+    /// Peak learning rate of the new heads.
+    #[arg(long)]
+    lr: Option<f32>,
+    /// Weight of the divergence (distill).
+    #[arg(long, default_value_t = 0.9)]
+    kl_weight: f32,
+    /// Weight of the next-token loss (distill).
+    #[arg(long, default_value_t = 0.1)]
+    ce_weight: f32,
+    /// Seed.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The folder to write.
+    #[arg(long)]
+    out: PathBuf,
+    /// Continue an interrupted run.
+    #[arg(long)]
+    resume: bool,
+    #[command(flatten)]
+    exec: ExecArgs,
+}
+
+/// `--stage`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+pub enum StageArg {
+    /// Match the base's predictions.
+    Distill,
+    /// Predict the next token (the paper's continual training).
+    Continue,
+}
+
+fn parse_trainable(text: &str) -> Result<Trainable, String> {
+    match text {
+        "heads" => Ok(Trainable::Heads),
+        "norms" => Ok(Trainable::HeadsAndNorms),
+        "all" => Ok(Trainable::All),
+        _ => match text.strip_prefix("lora:").map(str::parse) {
+            Some(Ok(rank)) if rank > 0 => Ok(Trainable::Lora(rank)),
+            _ => Err("expected heads, norms, lora:RANK or all".into()),
+        },
+    }
+}
+
+pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    check_output(&args.out, false)?;
+    if args.batch == 0 || args.accumulate == 0 {
+        return Err(usage("--batch and --accumulate must be at least 1"));
+    }
+    let exec = args.exec.exec()?;
+    let hybrid = load(&args.model, ui)?;
+    let base = load(&args.base, ui)?;
+    if hybrid.model.plan.converted() == 0 && args.train == Trainable::Heads {
+        bail!("{} has no converted group, so there is no head to train\nhint: run convert first, or choose --train all", args.model);
+    }
+    check_context(&base.model.config, args.context)?;
+    let documents = documents(&args.data, Split::Train, &base, &exec, ui)?;
+    let mut stream = SequenceStream::new(&documents, args.context, args.seed)?;
+    let defaults = HealOptions::default();
+    let mut state_dir = args.out.clone().into_os_string();
+    state_dir.push(".train");
+    let options = HealOptions {
+        stage: match args.stage {
+            StageArg::Distill => Stage::Distill { kl: args.kl_weight, ce: args.ce_weight },
+            StageArg::Continue => Stage::Continue,
+        },
+        trainable: args.train,
+        tokens: args.tokens,
+        batch: args.batch,
+        accumulate: args.accumulate,
+        lr: args.lr.unwrap_or(defaults.lr),
+        seed: args.seed,
+        state_dir: state_dir.into(),
+        resume: args.resume,
+        ..defaults
+    };
+    let mut trained = hybrid.model.clone();
+    let metrics = heal(&exec, &base.model, &mut trained, &mut stream, &options, ui)?;
+    save_model(&hybrid.checkpoint, &trained, &args.out, ui)?;
+    if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
+        println!("loss {:.4} → {:.4} over {} tokens in {} steps", first.loss, last.loss, last.tokens, last.step);
+    }
+    println!("wrote {}; metrics and training state are in {}", args.out.display(), options.state_dir.display());
+    Ok(())
+}

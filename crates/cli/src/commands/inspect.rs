@@ -1,0 +1,73 @@
+//! `inspect`: what a model is, how large, what its cache costs, which heads are what.
+
+use crate::common::{open, print_json};
+use crate::ui::Ui;
+use anyhow::Result;
+use eval::report::bytes;
+use model::{GroupMixer, HeadPlan};
+use serde_json::json;
+use std::collections::BTreeMap;
+use surgery::select::summary;
+
+/// Show what a model is: architecture, sizes, cache bytes per token, and the plan if it is a hybrid.
+///
+/// Examples:
+///   recurformer inspect smollm2-135m
+///   recurformer inspect ./hybrid --json
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Folder, GGUF file, hub id or built-in name.
+    model: String,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    let checkpoint = open(&args.model, ui)?;
+    let config = &checkpoint.config;
+    let plan = match &checkpoint.plan_json {
+        Some(value) => HeadPlan::from_json(&value.to_string(), config)?,
+        None => HeadPlan::empty(config),
+    };
+    let mut by_dtype: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+    let mut parameters = 0usize;
+    for info in checkpoint.tensors.infos() {
+        let entry = by_dtype.entry(format!("{:?}", info.dtype)).or_default();
+        entry.0 += 1;
+        entry.1 += info.bytes;
+        parameters += info.shape.iter().product::<usize>();
+    }
+    let cache = summary(&plan, config);
+    if args.json {
+        let dtypes: Vec<_> = by_dtype.iter().map(|(d, (n, b))| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
+        return print_json(&json!({
+            "path": checkpoint.path, "config": config, "parameters": parameters, "dtypes": dtypes,
+            "kv_bytes_per_token": cache.bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
+            "plan": (plan.converted() > 0).then_some(&plan),
+        }));
+    }
+    println!("{}", checkpoint.path.display());
+    println!("  family        {:?}, {} layers, d_model {}, d_ff {}", config.family, config.layers, config.d_model, config.d_ff);
+    println!("  attention     {} heads, {} KV heads, head_dim {}", config.heads, config.kv_heads, config.head_dim);
+    println!("  vocabulary    {}{}", config.vocab, if config.tie_embeddings { ", tied embeddings" } else { "" });
+    println!("  context       {} tokens, RoPE base {}, {:?}", config.max_context, config.rope_theta, config.rope_scaling);
+    println!("  parameters    {:.1} M", parameters as f64 / 1e6);
+    for (dtype, (tensors, size)) in &by_dtype {
+        println!("    {dtype:<6} {tensors:>5} tensors {:>12}", bytes(*size));
+    }
+    println!("  cache         {} per token (base {}), constant {}", bytes(cache.bytes_per_token), bytes(cache.base_bytes_per_token), bytes(cache.constant_bytes));
+    if plan.converted() > 0 {
+        println!("  hybrid        {} of {} KV groups converted", plan.converted(), plan.total());
+        if let Some(mixer) = &plan.mixer {
+            println!("  mixer         {:?}, window {}, sinks {}", mixer.recurrent, mixer.window, mixer.sinks);
+        }
+        println!("  groups        A attention, r recurrent; one line per layer");
+        for (layer, groups) in plan.layers.iter().enumerate() {
+            let marks: String = groups.groups.iter().map(|g| if g.mixer == GroupMixer::Attention { 'A' } else { 'r' }).collect();
+            println!("    {layer:>3} {marks}");
+        }
+    }
+    Ok(())
+}

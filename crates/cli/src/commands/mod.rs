@@ -1,0 +1,16 @@
+//! One file per command.
+
+pub mod align;
+pub mod analyze;
+pub mod bench;
+pub mod chat;
+pub mod convert;
+pub mod doctor;
+pub mod eval;
+pub mod fetch;
+pub mod generate;
+pub mod heal;
+pub mod inspect;
+pub mod logits;
+pub mod plan;
+pub mod quickstart;

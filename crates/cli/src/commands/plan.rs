@@ -1,0 +1,106 @@
+//! `plan`: which KV groups to convert under a budget.
+
+use crate::common::{MixerArg, check_output, print_json, usage};
+use crate::ui::Ui;
+use anyhow::{Context, Result};
+use eval::report::bytes;
+use model::plan::PlanCriterion;
+use std::path::PathBuf;
+use surgery::{HeadBank, HeadsReport, criteria, select};
+
+/// Choose the KV groups to convert for a cache budget and write the plan, a JSON file that can be read and edited.
+///
+/// Examples:
+///   recurformer plan --heads heads.json --bank bank.safetensors --beta 0.5 --out plan.json
+///   recurformer plan --heads heads.json --criterion kl-fisher --mixer none --window 64 --beta 0.75 --out plan.json
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// heads.json from `analyze`.
+    #[arg(long)]
+    heads: PathBuf,
+    /// Head bank from `align`; decides the mixer.
+    #[arg(long)]
+    bank: Option<PathBuf>,
+    /// mixer-fisher (default with a bank), kl-fisher (default without), recency, window-error, random or least-recent.
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(criteria::NAMES))]
+    criterion: Option<String>,
+    /// Share of the KV groups to convert, 0 to 1.
+    #[arg(long)]
+    beta: f64,
+    /// Attention groups that every layer keeps at least.
+    #[arg(long, default_value_t = 0)]
+    keep_at_least_per_layer: usize,
+    /// Mixer of a plan without a bank.
+    #[arg(long, value_enum, conflicts_with = "bank")]
+    mixer: Option<MixerArg>,
+    /// Its local window.
+    #[arg(long, conflicts_with = "bank")]
+    window: Option<usize>,
+    /// Its sinks (default: 1 with a window).
+    #[arg(long, conflicts_with = "bank")]
+    sinks: Option<usize>,
+    /// Seed of `random`.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The plan.json to write.
+    #[arg(long)]
+    out: PathBuf,
+    /// Print the summary as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
+    if !(0.0..=1.0).contains(&args.beta) {
+        return Err(usage(format!("--beta {} must be between 0 and 1", args.beta)));
+    }
+    check_output(&args.out, true)?;
+    let heads = HeadsReport::read(&args.heads)?;
+    let config = &heads.config;
+    let bank = args.bank.as_ref().map(|path| HeadBank::read(path, config)).transpose()?;
+    let criterion = args.criterion.clone().unwrap_or_else(|| if bank.is_some() { "mixer-fisher" } else { "kl-fisher" }.to_string());
+    let mixer = match &bank {
+        Some(bank) => bank.info.spec,
+        None => {
+            let mixer = args.mixer.unwrap_or(MixerArg::None);
+            let default_window = if mixer == MixerArg::None { 64 } else { 0 };
+            mixer.spec(config, args.window.unwrap_or(default_window), args.sinks)?
+        }
+    };
+    let scores = criteria::scores(&criterion, &heads, bank.as_ref(), args.seed)?;
+    let options = select::SelectOptions {
+        beta: args.beta,
+        keep_at_least_per_layer: args.keep_at_least_per_layer,
+        mixer,
+        criterion: PlanCriterion {
+            name: criterion.clone(),
+            tokens: match &bank {
+                Some(bank) if criterion == "mixer-fisher" => bank.info.fisher_tokens,
+                _ => heads.tokens,
+            },
+            bank_sha256: bank.as_ref().map(HeadBank::sha256),
+            data_sha256: Some(heads.data_sha256.clone()),
+            seed: (criterion == "random").then_some(args.seed),
+        },
+    };
+    let plan = select::select(config, &scores, &options)?;
+    weights::files::atomic_write(&args.out, plan.to_json().as_bytes()).with_context(|| "writing the plan")?;
+    let summary = select::summary(&plan, config);
+    if args.json {
+        return print_json(&summary);
+    }
+    println!("{} of {} KV groups converted by {criterion}; mixer {:?}, window {}, sinks {}", summary.converted, summary.total, mixer.recurrent, mixer.window, mixer.sinks);
+    println!("cache          {} per token (base {}), constant {}", bytes(summary.bytes_per_token), bytes(summary.base_bytes_per_token), bytes(summary.constant_bytes));
+    for at in &summary.at {
+        let share = 100.0 * at.bytes as f64 / at.base_bytes as f64;
+        println!("  {:>6} tokens {:>11} of {:>11}  {share:.1} %", at.context, bytes(at.bytes), bytes(at.base_bytes));
+    }
+    println!("kept attention groups per layer:");
+    for (layer, kept) in summary.kept_per_layer.iter().enumerate() {
+        let of = plan.layers[layer].groups.len();
+        println!("  {layer:>3} {kept}/{of} {}", "█".repeat(*kept));
+    }
+    println!("wrote {}", args.out.display());
+    Ok(())
+}

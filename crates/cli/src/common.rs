@@ -1,0 +1,172 @@
+//! Arguments and loading shared by the commands.
+
+use crate::ui::Ui;
+use anyhow::{Context, Result, bail};
+use kernels::Exec;
+use model::{MixerSpec, Model, ModelConfig, RecurrentKind};
+use std::path::{Path, PathBuf};
+use train::data::{self, DataSource, Document, SequenceStream, Split};
+use weights::{Checkpoint, ModelSource, Tokenizer};
+
+/// A wrong command line that clap could not see; exits with code 2.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// A [`Usage`] error as `anyhow::Error`.
+pub fn usage(text: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(Usage(text.into()))
+}
+
+/// `--threads`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ExecArgs {
+    /// Compute threads (default: all cores).
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    pub threads: usize,
+}
+
+impl ExecArgs {
+    /// The execution context.
+    pub fn exec(&self) -> Result<Exec> {
+        Ok(Exec::new(self.threads)?)
+    }
+}
+
+/// `--data` of the training and evaluation commands.
+#[derive(clap::Args, Clone, Debug)]
+pub struct DataArgs {
+    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, or `self`.
+    #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
+    pub data: Vec<String>,
+}
+
+/// A checkpoint and the model in it.
+pub struct Loaded {
+    /// As opened.
+    pub checkpoint: Checkpoint,
+    /// With its weights in memory.
+    pub model: Model,
+}
+
+impl Loaded {
+    /// The checkpoint's tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Ok(self.checkpoint.tokenizer()?)
+    }
+}
+
+/// Opens a model argument without reading its weights.
+pub fn open(arg: &str, ui: &Ui) -> Result<Checkpoint> {
+    Ok(ModelSource::parse(arg)?.open(&mut |line| ui.say(line))?)
+}
+
+/// Opens and loads a model argument.
+pub fn load(arg: &str, ui: &Ui) -> Result<Loaded> {
+    let checkpoint = open(arg, ui)?;
+    let model = Model::load(&checkpoint).with_context(|| format!("loading {arg}"))?;
+    Ok(Loaded { checkpoint, model })
+}
+
+/// All documents of the data arguments. Token ids from `.npy` files are checked against the vocabulary.
+pub fn documents(args: &DataArgs, split: Split, loaded: &Loaded, exec: &Exec, ui: &mut Ui) -> Result<Vec<Document>> {
+    let mut documents = Vec::new();
+    let mut tokenizer = None;
+    for arg in &args.data {
+        let source = DataSource::parse(arg)?;
+        let is_npy = matches!(&source, DataSource::File(path) if path.extension().is_some_and(|e| e == "npy"));
+        if tokenizer.is_none() && !is_npy && source != DataSource::SelfSampled {
+            tokenizer = Some(loaded.tokenizer()?);
+        }
+        documents.extend(match (source, &tokenizer) {
+            (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
+            (DataSource::EnglishSmall, Some(tokenizer)) => data::english_small(split, tokenizer, ui)?,
+            (DataSource::SelfSampled, _) => data::self_sampled(exec, &loaded.model, &Default::default(), ui)?,
+            (DataSource::EnglishSmall, None) => bail!("english-small needs a tokenizer"),
+        });
+    }
+    check_vocab(&documents, loaded.model.config.vocab)?;
+    Ok(documents)
+}
+
+fn check_vocab(documents: &[Document], vocab: usize) -> Result<()> {
+    for document in documents {
+        if let Some(position) = document.tokens.iter().position(|&t| t as usize >= vocab) {
+            let token = document.tokens[position];
+            bail!("{}: token id {token} at position {position} is outside the vocabulary of {vocab}", document.source);
+        }
+    }
+    Ok(())
+}
+
+/// `tokens / context` sequences (at least one) drawn from the documents.
+pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let mut stream = SequenceStream::new(documents, context, seed)?;
+    Ok((0..(tokens / context).max(1)).map(|_| stream.next_sequence()).collect())
+}
+
+/// Fails early when a context is longer than the model's.
+pub fn check_context(config: &ModelConfig, context: usize) -> Result<()> {
+    if context < 2 || context > config.max_context {
+        return Err(usage(format!("context {context} must be between 2 and the model's {}", config.max_context)));
+    }
+    Ok(())
+}
+
+/// Fails early when an output exists or its folder does not.
+pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
+    if path.exists() && !overwrite {
+        bail!("{} exists already\nhint: choose another --out or remove it", path.display());
+    }
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), Path::to_path_buf);
+    if !parent.is_dir() {
+        bail!("folder {} does not exist\nhint: create it first", parent.display());
+    }
+    Ok(())
+}
+
+/// Recurrent part of a converted group.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MixerArg {
+    /// The paper's Mamba-1 block, randomly initialised.
+    Mamba,
+    /// Mamba-2 (SSD), initialised from the attention head.
+    Mamba2,
+    /// Gated delta rule, initialised from the attention head.
+    GatedDelta,
+    /// Local window and sinks only; nothing to train.
+    None,
+}
+
+impl MixerArg {
+    /// The full specification for a model. A window without explicit `sinks` keeps one sink.
+    pub fn spec(self, config: &ModelConfig, window: usize, sinks: Option<usize>) -> Result<MixerSpec> {
+        let sinks = sinks.unwrap_or(usize::from(window > 0));
+        if window == 0 && (sinks > 0 || self == Self::None) {
+            return Err(usage("without a window there can be no sinks, and mixer `none` needs a window"));
+        }
+        let (recurrent, d_state, d_conv) = match self {
+            Self::Mamba => (RecurrentKind::Mamba, 16, 4),
+            Self::Mamba2 => (RecurrentKind::Mamba2, config.head_dim, 4),
+            Self::GatedDelta => (RecurrentKind::GatedDelta, config.head_dim, 4),
+            Self::None => (RecurrentKind::None, 0, 0),
+        };
+        Ok(MixerSpec { recurrent, window, sinks, d_state, d_conv })
+    }
+}
+
+/// Prints pretty JSON to stdout.
+pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value).map_err(std::io::Error::from)?;
+    writeln!(out)?;
+    Ok(())
+}

@@ -1,0 +1,34 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+/// Why a measurement failed.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// Tokenizer or checkpoint failed.
+    #[error(transparent)]
+    Weights(#[from] weights::WeightsError),
+    /// A data file failed.
+    #[error(transparent)]
+    Train(#[from] train::TrainError),
+    /// A results file cannot be read or written.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// An argument cannot be met.
+    #[error("{0}")]
+    Argument(String),
+    /// The user interrupted.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, EvalError>;

@@ -1,0 +1,154 @@
+//! Perplexity, and divergence and agreement with a base model, over windows of text.
+
+use crate::error::{EvalError, Result};
+use crate::text::{EvalText, Window};
+use kernels::{Exec, loss};
+use model::{Model, NoObserver, Progress, TokenBatch};
+use serde::{Deserialize, Serialize};
+
+/// Rows of logits formed at a time, so that `[seq, vocab]` never exists whole.
+const ROWS: usize = 256;
+
+/// Scores of one model on one file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileQuality {
+    /// File or domain.
+    pub name: String,
+    /// `exp(nll)`.
+    pub ppl: f64,
+    /// Mean negative log-likelihood per scored token, nats.
+    pub nll: f64,
+    /// Mean `KL(base ‖ model)` per scored token, nats; absent without a base.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+    /// Share of positions where both models' best tokens agree; absent without a base.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1_agreement: Option<f64>,
+    /// Tokens scored.
+    pub tokens: usize,
+}
+
+/// Scores over all files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OverallQuality {
+    /// Geometric mean of the files' perplexities.
+    pub ppl: f64,
+    /// Mean KL per token over all files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+    /// Agreement over all files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1_agreement: Option<f64>,
+    /// Tokens scored.
+    pub tokens: usize,
+}
+
+/// The result of one model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Quality {
+    /// Per file.
+    pub files: Vec<FileQuality>,
+    /// Over all.
+    pub overall: OverallQuality,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    nll: f64,
+    kl: f64,
+    agree: usize,
+    tokens: usize,
+}
+
+/// Scores every model of `models` on the same windows. With a `base`, each is also compared with it (the base runs once per window).
+/// `progress` advances by tokens times models.
+pub fn evaluate(
+    exec: &Exec,
+    base: Option<&Model>,
+    models: &[&Model],
+    texts: &[EvalText],
+    progress: &mut dyn Progress,
+) -> Result<Vec<Quality>> {
+    let passes = models.len() + usize::from(base.is_some());
+    let total: usize = texts.iter().flat_map(|t| &t.windows).map(|w| w.tokens.len()).sum();
+    progress.start("evaluate", (total * passes) as u64, "tok");
+    let mut sums = vec![vec![Sums::default(); texts.len()]; models.len()];
+    for (file, text) in texts.iter().enumerate() {
+        for window in &text.windows {
+            if progress.cancelled() {
+                return Err(EvalError::Interrupted);
+            }
+            let base_hidden = base.map(|b| hidden(exec, b, window)).transpose()?;
+            for (m, model) in models.iter().enumerate() {
+                let own = hidden(exec, model, window)?;
+                let reference = base.zip(base_hidden.as_deref());
+                score(exec, model, &own, reference, window, &mut sums[m][file]);
+            }
+            progress.advance((window.tokens.len() * passes) as u64, &text.name);
+        }
+    }
+    progress.finish();
+    Ok(sums.iter().map(|per_file| summarise(texts, per_file, base.is_some())).collect())
+}
+
+fn hidden(exec: &Exec, model: &Model, window: &Window) -> Result<Vec<f32>> {
+    // The last token is only predicted, never read.
+    let tokens = window.tokens[..window.tokens.len() - 1].to_vec();
+    let batch = TokenBatch { sequences: 1, seq_len: tokens.len(), tokens };
+    Ok(model.forward_batch(exec, &batch, &mut NoObserver, None)?)
+}
+
+fn score(exec: &Exec, model: &Model, own: &[f32], base: Option<(&Model, &[f32])>, window: &Window, sums: &mut Sums) {
+    let d_model = model.config.d_model;
+    let vocab = model.config.vocab;
+    let mut row = window.score_from - 1;
+    let end = window.tokens.len() - 1;
+    while row < end {
+        let n = ROWS.min(end - row);
+        let slice = row * d_model..(row + n) * d_model;
+        let logits = model.logits(exec, &own[slice.clone()]);
+        let mut nll = vec![0.0; n];
+        loss::cross_entropy(exec, &logits, vocab, &window.tokens[row + 1..row + 1 + n], 1.0, &mut nll, None);
+        sums.nll += nll.iter().map(|&x| f64::from(x)).sum::<f64>();
+        if let Some((base, base_hidden)) = base {
+            let teacher = base.logits(exec, &base_hidden[slice]);
+            let mut kl = vec![0.0; n];
+            loss::kl_divergence(exec, &teacher, &logits, vocab, 1.0, &mut kl, None);
+            sums.kl += kl.iter().map(|&x| f64::from(x)).sum::<f64>();
+            sums.agree += teacher.chunks(vocab).zip(logits.chunks(vocab)).filter(|(a, b)| argmax(a) == argmax(b)).count();
+        }
+        sums.tokens += n;
+        row += n;
+    }
+}
+
+fn argmax(row: &[f32]) -> usize {
+    row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best }).0
+}
+
+fn summarise(texts: &[EvalText], sums: &[Sums], compared: bool) -> Quality {
+    let mean = |total: f64, tokens: usize| total / tokens as f64;
+    let files: Vec<FileQuality> = texts
+        .iter()
+        .zip(sums)
+        .map(|(text, s)| {
+            let nll = mean(s.nll, s.tokens);
+            FileQuality {
+                name: text.name.clone(),
+                ppl: nll.exp(),
+                nll,
+                kl: compared.then(|| mean(s.kl, s.tokens)),
+                top1_agreement: compared.then(|| mean(s.agree as f64, s.tokens)),
+                tokens: s.tokens,
+            }
+        })
+        .collect();
+    let tokens: usize = sums.iter().map(|s| s.tokens).sum();
+    let overall = OverallQuality {
+        ppl: (files.iter().map(|f| f.nll).sum::<f64>() / files.len() as f64).exp(),
+        kl: compared.then(|| mean(sums.iter().map(|s| s.kl).sum(), tokens)),
+        top1_agreement: compared.then(|| mean(sums.iter().map(|s| s.agree as f64).sum(), tokens)),
+        tokens,
+    };
+    Quality { files, overall }
+}
