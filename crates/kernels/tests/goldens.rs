@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 
 /// Largest error allowed, as a share of a tensor's largest value: f32 rounding over sums of some hundred terms is around
 /// 1e-6, a wrong term is above 1e-2.
-const TOLERANCE: f32 = 2e-5;
+const TOLERANCE: f32 = 1e-5;
 /// `eps` of the norm cases in the golden script.
 const NORM_EPS: f32 = 1e-5;
 /// Loss weight of the loss cases in the golden script.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 /// Largest error allowed, as a share of a tensor's largest value: f32 rounding through projections, convolution, norm and
 /// recurrence is around 1e-6, a wrong term is above 1e-2.
-const TOLERANCE: f32 = 5e-5;
+const TOLERANCE: f32 = 1e-5;
 
 const TENSORS: &[u8] = include_bytes!("data/mixers.safetensors");
 const CASES: &str = include_str!("data/mixers.json");
