@@ -119,7 +119,7 @@ fn answers(exec: &Exec, model: &Model, tokenizer: &Tokenizer, prompt: &PasskeyPr
     let mut logits = model.forward(exec, &prompt.tokens, &mut cache, LogitRows::Last)?;
     let mut ids = Vec::new();
     for _ in 0..ANSWER_TOKENS {
-        let id = sampler.sample(&logits, &[]);
+        let id = sampler.sample(&logits, &[])?;
         if model.config.eos_token_ids.contains(&id) {
             break;
         }

@@ -56,7 +56,7 @@ pub fn generate(
         history.extend_from_slice(chunk);
     }
     for produced in 0..limits.max_new {
-        let token = sampler.sample(&logits, history);
+        let token = sampler.sample(&logits, history)?;
         if limits.stop_ids.contains(&token) {
             return Ok(Finish::EndOfText);
         }

@@ -4,6 +4,7 @@
 
 pub mod cache;
 pub mod error;
+pub mod generate;
 pub mod mixers;
 pub mod model;
 pub mod observe;
