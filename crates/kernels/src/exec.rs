@@ -85,6 +85,19 @@ impl Exec {
             _ => items.into_iter().enumerate().for_each(|(i, item)| f(i, item)),
         }
     }
+    /// Computes `f(i, item_i)` on the pool, handing over each item, and returns the results in order.
+    pub fn parallel_map_items<T: Send, R: Send>(
+        &self,
+        items: Vec<T>,
+        f: impl Fn(usize, T) -> R + Sync,
+    ) -> Vec<R> {
+        match &self.pool {
+            Some(pool) if items.len() > 1 => {
+                pool.install(|| items.into_par_iter().enumerate().map(|(i, item)| f(i, item)).collect())
+            }
+            _ => items.into_iter().enumerate().map(|(i, item)| f(i, item)).collect(),
+        }
+    }
     /// Computes `f(0..n)` on the pool and returns the results in order.
     pub fn parallel_map<R: Send>(&self, n: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
         match &self.pool {
@@ -114,6 +127,8 @@ mod tests {
                 });
                 assert_eq!(count.into_inner(), 3 * n);
                 assert_eq!(exec.parallel_map(n, |i| i * i), (0..n).map(|i| i * i).collect::<Vec<_>>());
+                let items: Vec<usize> = (0..n).collect();
+                assert!(exec.parallel_map_items(items, |i, item| i == item).into_iter().all(|same| same));
                 let mut data = vec![0.0; n];
                 exec.parallel_chunks(&mut data, 7, |i, chunk| chunk.fill(i as f32 + 1.0));
                 assert!(data.iter().enumerate().all(|(j, &x)| x == (j / 7) as f32 + 1.0));

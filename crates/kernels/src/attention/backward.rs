@@ -1,0 +1,190 @@
+//! The backward pass: weights are recomputed tile by tile from the saved log denominators.
+//!
+//! Tasks are (KV head, segment of query blocks); each sums `dk` and `dv` into its own buffer, and the buffers are added
+//! in a fixed order, so that the result does not depend on the number of threads.
+
+use super::forward::pack_group;
+use super::mask::{TILE, Visible, positions_per_block};
+use super::{AttnMask, AttnSaved, AttnShape};
+use crate::isa::dispatch;
+use crate::simd::{self, Simd};
+use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+
+/// Tasks wanted in all; bounds the memory of the `dk` and `dv` buffers.
+const TASKS: usize = 16;
+
+/// The share of one task: every `segments`-th query block of a KV head (interleaved, because later ones see more keys).
+struct Share<'a> {
+    kv_head: usize,
+    /// First position of each block, with its `dq` rows `[group · head_dim]`.
+    blocks: Vec<(usize, Vec<&'a mut [f32]>)>,
+}
+
+/// Gradients of one KV head's keys and values, `[kv_len, head_dim]` each.
+struct KvGradient {
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+pub(super) fn attention_backward(
+    exec: &Exec,
+    shape: AttnShape,
+    mask: AttnMask<'_>,
+    saved: AttnSaved<'_>,
+    [dq, dk, dv]: [&mut [f32]; 3],
+) {
+    let AttnShape { q_heads, kv_heads, head_dim, .. } = shape;
+    let (group, step) = (shape.group(), positions_per_block(shape.group()));
+    let (q_len, kv_len) = (saved.q.rows(), saved.k.rows());
+    if q_len == 0 || kv_len == 0 {
+        return;
+    }
+    let segments = (TASKS / kv_heads).clamp(1, q_len.div_ceil(step));
+    let mut shares: Vec<Share<'_>> =
+        (0..kv_heads * segments).map(|i| Share { kv_head: i / segments, blocks: Vec::new() }).collect();
+    for (b, rows) in dq.chunks_mut(step * q_heads * head_dim).enumerate() {
+        let at = |kv_head: usize| kv_head * segments + b % segments;
+        (0..kv_heads).for_each(|kv_head| shares[at(kv_head)].blocks.push((b * step, Vec::new())));
+        for row in rows.chunks_mut(q_heads * head_dim) {
+            for (kv_head, part) in row.chunks_mut(group * head_dim).enumerate() {
+                if let Some((_, dq)) = shares[at(kv_head)].blocks.last_mut() {
+                    dq.push(part);
+                }
+            }
+        }
+    }
+    let gradients =
+        exec.parallel_map_items(shares, |_, share| share.run(&exec.single(), shape, mask, &saved));
+    for (i, gradient) in gradients.iter().enumerate() {
+        let column = i / segments * head_dim;
+        for (out, part) in [(&mut *dk, &gradient.dk), (&mut *dv, &gradient.dv)] {
+            for (row, part) in out.chunks_mut(kv_heads * head_dim).zip(part.chunks(head_dim)) {
+                row[column..][..head_dim].iter_mut().zip(part).for_each(|(x, y)| *x += y);
+            }
+        }
+    }
+}
+
+impl Share<'_> {
+    fn run(self, exec: &Exec, shape: AttnShape, mask: AttnMask<'_>, saved: &AttnSaved<'_>) -> KvGradient {
+        let kv_values = saved.k.rows() * shape.head_dim;
+        let mut sums = KvGradient { dk: vec![0.0; kv_values], dv: vec![0.0; kv_values] };
+        let rows = positions_per_block(shape.group()) * shape.group();
+        let mut scratch = [vec![0.0; rows * TILE], vec![0.0; rows * TILE]];
+        for (first, dq) in self.blocks {
+            let block = Block::new(exec, shape, mask, saved, self.kv_head, first, dq.len());
+            block.run(exec, saved, &mut scratch, &mut sums, dq);
+        }
+        sums
+    }
+}
+
+/// One query block of one KV head: rows are positions × the group's heads.
+struct Block {
+    shape: AttnShape,
+    kv_head: usize,
+    rows: usize,
+    tiles: Vec<(usize, usize)>,
+    visible: Vec<Visible>,
+    q: Vec<f32>,
+    dout: Vec<f32>,
+    lse: Vec<f32>,
+    /// `Σ dout · out` per row: the mean of the weights' gradients under the weights.
+    delta: Vec<f32>,
+}
+
+impl Block {
+    fn new(
+        exec: &Exec,
+        shape: AttnShape,
+        mask: AttnMask<'_>,
+        saved: &AttnSaved<'_>,
+        kv_head: usize,
+        first: usize,
+        count: usize,
+    ) -> Self {
+        let (group, kv_len) = (shape.group(), saved.k.rows());
+        let dout = pack_group(shape, saved.dout, kv_head, first, count);
+        let out = pack_group(shape, saved.out, kv_head, first, count);
+        let pairs = || dout.chunks_exact(shape.head_dim).zip(out.chunks_exact(shape.head_dim));
+        let delta = dispatch!(exec.isa(), |s| {
+            let mut delta = Vec::with_capacity(count * group);
+            for (dout, out) in pairs() {
+                delta.push(simd::dot(s, dout, out));
+            }
+            delta
+        });
+        let lse = MatRef::dense(saved.lse, saved.q.rows(), shape.q_heads);
+        let lse =
+            (first..first + count).flat_map(|i| &lse.row(i)[kv_head * group..][..group]).copied().collect();
+        Self {
+            shape,
+            kv_head,
+            rows: count * group,
+            tiles: mask.tiles(first..first + count, kv_len),
+            visible: (first..first + count).map(|i| mask.visible(i, kv_len)).collect(),
+            q: pack_group(shape, saved.q, kv_head, first, count),
+            dout,
+            lse,
+            delta,
+        }
+    }
+
+    fn run(
+        &self,
+        exec: &Exec,
+        saved: &AttnSaved<'_>,
+        [weights, scores]: &mut [Vec<f32>; 2],
+        sums: &mut KvGradient,
+        dq: Vec<&mut [f32]>,
+    ) {
+        let AttnShape { head_dim, scale, .. } = self.shape;
+        let (rows, column) = (self.rows, self.kv_head * head_dim);
+        let (k, v) = (saved.k.columns(column, head_dim), saved.v.columns(column, head_dim));
+        let (q, dout) = (MatRef::dense(&self.q, rows, head_dim), MatRef::dense(&self.dout, rows, head_dim));
+        let mut dq_sum = vec![0.0; rows * head_dim];
+        for &(start, cols) in &self.tiles {
+            let (k, v) = (k.rows_at(start, cols), v.rows_at(start, cols));
+            let at = start * head_dim..(start + cols) * head_dim;
+            let tile = MatMut::new(weights, rows, cols, TILE);
+            gemm(exec, tile, q, Trans::No, k, Trans::Yes, scale, Store::Overwrite);
+            let tile = MatMut::new(scores, rows, cols, TILE);
+            gemm(exec, tile, dout, Trans::No, v, Trans::Yes, 1.0, Store::Overwrite);
+            dispatch!(exec.isa(), |s| self.weigh(s, start, cols, weights, scores));
+            let (p, ds) = (MatRef::new(weights, rows, cols, TILE), MatRef::new(scores, rows, cols, TILE));
+            let dv = MatMut::dense(&mut sums.dv[at.clone()], cols, head_dim);
+            gemm(exec, dv, p, Trans::Yes, dout, Trans::No, 1.0, Store::Accumulate);
+            let dk = MatMut::dense(&mut sums.dk[at], cols, head_dim);
+            gemm(exec, dk, ds, Trans::Yes, q, Trans::No, 1.0, Store::Accumulate);
+            let dq = MatMut::dense(&mut dq_sum, rows, head_dim);
+            gemm(exec, dq, ds, Trans::No, k, Trans::No, 1.0, Store::Accumulate);
+        }
+        let width = self.shape.group() * head_dim;
+        for (dq, sum) in dq.into_iter().zip(dq_sum.chunks_exact(width)) {
+            dq.iter_mut().zip(sum).for_each(|(x, y)| *x += y);
+        }
+    }
+
+    /// Scores become weights `p`, gradients of weights become gradients of scores `scale · p · (dp − delta)`; unseen
+    /// keys get zeros.
+    #[inline(always)]
+    fn weigh<S: Simd>(&self, s: S, start: usize, cols: usize, weights: &mut [f32], scores: &mut [f32]) {
+        let AttnShape { scale, .. } = self.shape;
+        for row in 0..self.rows {
+            let [sinks, recent] = self.visible[row / self.shape.group()].in_tile(start, cols);
+            let weights = &mut weights[row * TILE..][..cols];
+            let scores = &mut scores[row * TILE..][..cols];
+            let (lse, delta) = (self.lse[row], self.delta[row]);
+            for unseen in [sinks.end..recent.start, recent.end..cols] {
+                weights[unseen.clone()].fill(0.0);
+                scores[unseen].fill(0.0);
+            }
+            for seen in [sinks, recent] {
+                for (p, ds) in weights[seen.clone()].iter_mut().zip(&mut scores[seen]) {
+                    *p = simd::exp(s, *p - lse);
+                    *ds = scale * *p * (*ds - delta);
+                }
+            }
+        }
+    }
+}

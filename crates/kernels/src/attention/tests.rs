@@ -1,0 +1,281 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::naive::attention::{self as naive, Inputs};
+use crate::testing::{assert_close, assert_gradient, execs, noise, numeric_gradient, to_f64};
+
+/// f32 rounding of scores of magnitude ~10 through one exponential and a weighted mean.
+const TOLERANCE: f64 = 1e-5;
+/// Gradients multiply two such roundings and sum over up to 500 queries.
+const GRADIENT_TOLERANCE: f64 = 4e-5;
+
+/// Heads, KV heads and head width of a multi-head, a grouped and a many-query call.
+const SHAPES: [(usize, usize, usize); 4] = [(2, 2, 8), (3, 1, 64), (9, 3, 16), (10, 1, 5)];
+
+struct Case {
+    shape: AttnShape,
+    q_len: usize,
+    kv_len: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    dout: Vec<f32>,
+}
+
+struct Results {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+impl Case {
+    fn new(
+        (q_heads, kv_heads, head_dim): (usize, usize, usize),
+        q_len: usize,
+        kv_len: usize,
+        size: f32,
+    ) -> Self {
+        let values = |seed, n| noise(seed, n).into_iter().map(|x| x * size).collect();
+        Self {
+            shape: AttnShape { q_heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() },
+            q_len,
+            kv_len,
+            q: values(1, q_len * q_heads * head_dim),
+            k: values(2, kv_len * kv_heads * head_dim),
+            v: noise(3, kv_len * kv_heads * head_dim),
+            dout: noise(4, q_len * q_heads * head_dim),
+        }
+    }
+
+    fn mats(&self) -> [MatRef<'_>; 3] {
+        let AttnShape { q_heads, kv_heads, head_dim, .. } = self.shape;
+        [
+            MatRef::dense(&self.q, self.q_len, q_heads * head_dim),
+            MatRef::dense(&self.k, self.kv_len, kv_heads * head_dim),
+            MatRef::dense(&self.v, self.kv_len, kv_heads * head_dim),
+        ]
+    }
+
+    /// Forward and backward; gradients start from 1 because they are added to.
+    fn run(&self, exec: &Exec, mask: AttnMask<'_>) -> Results {
+        let [q, k, v] = self.mats();
+        let width = self.shape.q_heads * self.shape.head_dim;
+        let mut r = Results {
+            out: vec![f32::NAN; self.q.len()],
+            lse: vec![f32::NAN; self.q_len * self.shape.q_heads],
+            dq: vec![1.0; self.q.len()],
+            dk: vec![1.0; self.k.len()],
+            dv: vec![1.0; self.v.len()],
+        };
+        let out = MatMut::dense(&mut r.out, self.q_len, width);
+        attention(exec, self.shape, mask, q, k, v, out, Some(&mut r.lse));
+        let (out, dout) =
+            (MatRef::dense(&r.out, self.q_len, width), MatRef::dense(&self.dout, self.q_len, width));
+        let saved = AttnSaved { q, k, v, out, lse: &r.lse, dout };
+        attention_backward(exec, self.shape, mask, saved, &mut r.dq, &mut r.dk, &mut r.dv);
+        r
+    }
+
+    fn check(&self, exec: &Exec, mask: AttnMask<'_>) {
+        let got = self.run(exec, mask);
+        let (q, k, v) = (to_f64(&self.q), to_f64(&self.k), to_f64(&self.v));
+        let inputs = Inputs { q: &q, k: &k, v: &v };
+        let (out, lse) = naive::attention(self.shape, mask, inputs);
+        let what = |name: &str| {
+            let (isa, threads) = (exec.isa(), exec.threads());
+            format!("{isa} {threads} {:?} {}x{} {mask:?} {name}", self.shape, self.q_len, self.kv_len)
+        };
+        assert_close(&what("out"), &got.out, &out, TOLERANCE);
+        assert_close(&what("lse"), &got.lse, &lse, TOLERANCE);
+        let (dq, dk, dv) = naive::attention_backward(self.shape, mask, inputs, &to_f64(&self.dout));
+        for (name, got, want) in [("dq", got.dq, dq), ("dk", got.dk, dk), ("dv", got.dv, dv)] {
+            let want: Vec<f64> = want.iter().map(|x| x + 1.0).collect();
+            assert_close(&what(name), &got, &want, GRADIENT_TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn causal_agrees_with_naive() {
+    for exec in execs() {
+        for shape in SHAPES {
+            for len in [0, 1, 2, 63, 64, 65, 130] {
+                Case::new(shape, len, len, 2.0).check(&exec, AttnMask::Causal { q_pos0: 0 });
+            }
+            // Decoding and chunked prefill: queries at the end of the keys.
+            for (q_len, kv_len) in [(1, 65), (1, 700), (3, 600), (7, 64), (65, 200)] {
+                Case::new(shape, q_len, kv_len, 2.0)
+                    .check(&exec, AttnMask::Causal { q_pos0: kv_len - q_len });
+            }
+        }
+        Case::new((3, 1, 16), 500, 500, 2.0).check(&exec, AttnMask::Causal { q_pos0: 0 });
+        // Keys past every query's position, and no keys at all.
+        Case::new((4, 2, 8), 5, 9, 1.0).check(&exec, AttnMask::Causal { q_pos0: 1 });
+        Case::new((4, 2, 8), 5, 0, 1.0).check(&exec, AttnMask::Causal { q_pos0: 1 });
+    }
+}
+
+#[test]
+fn local_agrees_with_naive() {
+    for exec in execs() {
+        for shape in SHAPES {
+            for (window, sinks) in [(1, 0), (7, 4), (64, 1), (0, 2), (0, 0), (65, 64), (usize::MAX, 0)] {
+                for len in [1, 63, 65, 200] {
+                    let kv_pos: Vec<usize> = (0..len).collect();
+                    let mask = AttnMask::Local { q_pos0: 0, kv_pos: &kv_pos, window, sinks };
+                    Case::new(shape, len, len, 2.0).check(&exec, mask);
+                }
+            }
+            // A cache that has dropped tokens: sinks, a gap, then the latest.
+            let kv_pos: Vec<usize> = (0..4).chain(900..1003).collect();
+            for q_len in [1, 3, 64] {
+                let q_pos0 = 1003 - q_len;
+                let mask = AttnMask::Local { q_pos0, kv_pos: &kv_pos, window: 70, sinks: 4 };
+                Case::new(shape, q_len, kv_pos.len(), 2.0).check(&exec, mask);
+            }
+        }
+    }
+}
+
+#[test]
+fn large_scores_stay_finite() {
+    for exec in execs() {
+        let case = Case::new((3, 1, 64), 70, 70, 1e3);
+        let got = case.run(&exec, AttnMask::Causal { q_pos0: 0 });
+        for values in [&got.out, &got.lse, &got.dq, &got.dk, &got.dv] {
+            assert!(values.iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn strided_views_agree_with_dense_ones() {
+    // q, k and v as column blocks of one fused projection, the output inside a wider NaN-filled buffer.
+    let case = Case::new((4, 2, 8), 65, 65, 1.0);
+    let mask = AttnMask::Causal { q_pos0: 0 };
+    let [q, k, v] = case.mats();
+    let (wide, total) = (32, 32 + 16 + 16 + 3);
+    let mut fused = vec![f32::NAN; 65 * total];
+    for t in 0..65 {
+        let row = &mut fused[t * total..][..total];
+        row[..32].copy_from_slice(q.row(t));
+        row[32..48].copy_from_slice(k.row(t));
+        row[48..64].copy_from_slice(v.row(t));
+    }
+    let fused = MatRef::dense(&fused, 65, total);
+    for exec in execs() {
+        let want = case.run(&exec, mask).out;
+        let mut out = vec![f32::NAN; 65 * 40];
+        let (q, k, v) = (fused.columns(0, 32), fused.columns(32, 16), fused.columns(48, 16));
+        attention(&exec, case.shape, mask, q, k, v, MatMut::new(&mut out, 65, wide, 40), None);
+        for t in 0..65 {
+            assert_eq!(out[t * 40..][..32], want[t * 32..][..32]);
+            assert!(out[t * 40 + 32..][..8].iter().all(|x| x.is_nan()));
+        }
+    }
+}
+
+#[test]
+fn an_unbounded_window_is_causal_and_chunks_are_the_whole() {
+    let case = Case::new((3, 1, 16), 150, 150, 2.0);
+    let kv_pos: Vec<usize> = (0..150).collect();
+    for exec in execs() {
+        let full = case.run(&exec, AttnMask::Causal { q_pos0: 0 });
+        let local = case.run(&exec, AttnMask::Local { q_pos0: 0, kv_pos: &kv_pos, window: 150, sinks: 0 });
+        assert_eq!(full.out, local.out);
+        assert_eq!(full.dq, local.dq);
+        assert_eq!(full.dk, local.dk);
+        let [q, k, v] = case.mats();
+        for chunk in [1, 7, 64, 149] {
+            let mut out = vec![f32::NAN; full.out.len()];
+            for start in (0..150).step_by(chunk) {
+                let rows = chunk.min(150 - start);
+                let part = MatMut::dense(&mut out[start * 48..(start + rows) * 48], rows, 48);
+                let (q, seen) = (q.rows_at(start, rows), start + rows);
+                let mask = AttnMask::Causal { q_pos0: start };
+                attention(&exec, case.shape, mask, q, k.rows_at(0, seen), v.rows_at(0, seen), part, None);
+            }
+            assert_close("chunked", &out, &to_f64(&full.out), TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for isa in crate::Isa::available() {
+        for (q_len, kv_len) in [(300, 300), (1, 3000)] {
+            let case = Case::new((9, 3, 64), q_len, kv_len, 1.0);
+            let run = |threads| {
+                let exec = Exec::with_isa(threads, isa).unwrap();
+                let r = case.run(&exec, AttnMask::Causal { q_pos0: kv_len - q_len });
+                [r.out, r.lse, r.dq, r.dk, r.dv]
+            };
+            let one = run(1);
+            assert_eq!(one, run(2));
+            assert_eq!(one, run(3));
+        }
+    }
+}
+
+#[test]
+fn naive_gradients_agree_with_finite_differences() {
+    let case = Case::new((4, 2, 3), 6, 6, 1.0);
+    let (q, k, v, d) = (to_f64(&case.q), to_f64(&case.k), to_f64(&case.v), to_f64(&case.dout));
+    let kv_pos = [0, 1, 2, 3, 4, 5];
+    for mask in
+        [AttnMask::Causal { q_pos0: 0 }, AttnMask::Local { q_pos0: 0, kv_pos: &kv_pos, window: 2, sinks: 1 }]
+    {
+        let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
+            let (out, _) = naive::attention(case.shape, mask, Inputs { q, k, v });
+            out.iter().zip(&d).map(|(o, d)| o * d).sum()
+        };
+        let (dq, dk, dv) = naive::attention_backward(case.shape, mask, Inputs { q: &q, k: &k, v: &v }, &d);
+        assert_gradient("dq", &dq, &numeric_gradient(&q, |q| loss(q, &k, &v)));
+        assert_gradient("dk", &dk, &numeric_gradient(&k, |k| loss(&q, k, &v)));
+        assert_gradient("dv", &dv, &numeric_gradient(&v, |v| loss(&q, &k, v)));
+    }
+}
+
+#[test]
+#[should_panic(expected = "strictly increasing")]
+fn unordered_positions_are_refused() {
+    let case = Case::new((1, 1, 2), 2, 2, 1.0);
+    let mask = AttnMask::Local { q_pos0: 0, kv_pos: &[1, 0], window: 2, sinks: 0 };
+    case.run(&Exec::new(1).unwrap(), mask);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn visible_ranges_are_the_definition(
+        gaps in proptest::collection::vec(1usize..6, 0..60),
+        first in 0usize..3,
+        q_pos0 in 0usize..150,
+        rows in 1usize..20,
+        window in 0usize..40,
+        sinks in 0usize..12,
+    ) {
+        let kv_pos: Vec<usize> = gaps.iter().scan(first, |p, gap| { let r = *p; *p += gap; Some(r) }).collect();
+        let n = kv_pos.len();
+        let local = AttnMask::Local { q_pos0, kv_pos: &kv_pos, window, sinks };
+        for mask in [local, AttnMask::Causal { q_pos0 }] {
+            let tiles = mask.tiles(0..rows, n);
+            for i in 0..rows {
+                let visible = mask.visible(i, n);
+                for j in 0..n {
+                    let seen = naive::sees(mask, i, j);
+                    prop_assert_eq!(visible.sinks.contains(&j) || visible.recent.contains(&j), seen);
+                    let times: usize = tiles
+                        .iter()
+                        .filter(|(start, cols)| (*start..start + cols).contains(&j))
+                        .filter(|(start, cols)| visible.in_tile(*start, *cols).iter().any(|r| r.contains(&(j - start))))
+                        .count();
+                    prop_assert_eq!(times, usize::from(seen));
+                }
+            }
+        }
+    }
+}
