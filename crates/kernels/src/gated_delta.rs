@@ -2,7 +2,16 @@
 //!
 //! `S_t = a_t S_{t−1} + β_t k_t (v_t − a_t S_{t−1}ᵀ k_t)ᵀ`, `y_{t,h} = S_tᵀ q_{t,h}`, `a_t = exp(log_a_t)`.
 
-use crate::Exec;
+use crate::chunk::{CHUNK, Decay, check_len, scale};
+use crate::isa::dispatch;
+use crate::simd::{Simd, axpy, exp};
+use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+
+mod backward;
+#[cfg(test)]
+mod tests;
+
+pub use backward::gated_delta_backward;
 
 /// Sizes of one call.
 #[derive(Clone, Copy, Debug)]
@@ -47,28 +56,300 @@ pub struct DeltaGrads<'a> {
     pub dbeta: &'a mut [f32],
 }
 
-/// Chunked parallel form (unit-triangular solve per chunk). `state` `[d_state, head_dim]` is read and replaced; `y` is
-/// `[seq, heads · head_dim]`.
-pub fn gated_delta(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>, state: &mut [f32], y: &mut [f32]) {
-    let _ = (exec, shape, inputs, state, y);
-    todo!()
+/// Chunks whose states are held at once in the forward pass: bounds the memory of a long prefill.
+const BLOCK_CHUNKS: usize = 32;
+
+impl DeltaShape {
+    fn state_len(self) -> usize {
+        self.d_state * self.head_dim
+    }
+    /// Panics when a length does not fit.
+    #[track_caller]
+    fn check(self, inputs: DeltaInputs<'_>, y: usize) {
+        let DeltaShape { seq, heads, d_state, head_dim } = self;
+        assert!(heads > 0 && d_state > 0 && head_dim > 0, "empty {self:?}");
+        check_len("q", inputs.q.len(), seq * heads * d_state);
+        check_len("k", inputs.k.len(), seq * d_state);
+        check_len("v", inputs.v.len(), seq * head_dim);
+        check_len("log_a", inputs.log_a.len(), seq);
+        check_len("beta", inputs.beta.len(), seq);
+        check_len("y", y, seq * heads * head_dim);
+    }
 }
-/// One-token form of [`gated_delta`] (`shape.seq == 1`).
-pub fn gated_delta_step(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>, state: &mut [f32], y: &mut [f32]) {
-    let _ = (exec, shape, inputs, state, y);
-    todo!()
+
+impl<'a> DeltaInputs<'a> {
+    /// The same inputs for tokens `start..end` only.
+    fn tokens(self, shape: DeltaShape, start: usize, end: usize) -> (DeltaShape, DeltaInputs<'a>) {
+        let DeltaShape { heads, d_state, head_dim, .. } = shape;
+        let inputs = DeltaInputs {
+            q: &self.q[start * heads * d_state..end * heads * d_state],
+            k: &self.k[start * d_state..end * d_state],
+            v: &self.v[start * head_dim..end * head_dim],
+            log_a: &self.log_a[start..end],
+            beta: &self.beta[start..end],
+        };
+        (DeltaShape { seq: end - start, ..shape }, inputs)
+    }
+    /// The same inputs for chunk `index` only.
+    fn chunk(self, shape: DeltaShape, index: usize) -> (DeltaShape, DeltaInputs<'a>) {
+        self.tokens(shape, index * CHUNK, shape.seq.min((index + 1) * CHUNK))
+    }
 }
-/// Gradient of [`gated_delta`], as [`crate::ssd::ssd_backward`].
-pub fn gated_delta_backward(
+
+/// Chunked parallel form. `state` `[d_state, head_dim]` is read and replaced; `y` is `[seq, heads · head_dim]`.
+///
+/// Inside a chunk `S_t = e^{c_t} S_0 + Σ_{s≤t} e^{c_t−c_s} k_s w_sᵀ`, where `c` sums the log decays and the corrections `w`
+/// solve `(I + T) w = β (v − e^c S_0ᵀ k)` with `T_ts = β_t e^{c_t−c_s} k_t·k_s` for `s < t`. `I + T` is inverted for all chunks
+/// at once (its inverse has no entry above 1 for keys of norm ≤ 1); a pass over the chunks then finds states and
+/// corrections, and all outputs follow.
+///
+/// Panics when a length does not fit. Source: arXiv 2412.06464, section 3.3, and arXiv 2406.06484 (UT transform).
+pub fn gated_delta(
     exec: &Exec,
     shape: DeltaShape,
     inputs: DeltaInputs<'_>,
-    initial_state: Option<&[f32]>,
-    dy: &[f32],
-    d_final_state: Option<&[f32]>,
-    grads: DeltaGrads<'_>,
-    d_initial_state: Option<&mut [f32]>,
+    state: &mut [f32],
+    y: &mut [f32],
 ) {
-    let _ = (exec, shape, inputs, initial_state, dy, d_final_state, grads, d_initial_state);
-    todo!()
+    shape.check(inputs, y.len());
+    check_len("state", state.len(), shape.state_len());
+    let y_row = shape.heads * shape.head_dim;
+    for (i, y) in y.chunks_mut(BLOCK_CHUNKS * CHUNK * y_row).enumerate() {
+        let start = i * BLOCK_CHUNKS * CHUNK;
+        let (shape, inputs) = inputs.tokens(shape, start, start + y.len() / y_row);
+        let solvers = solvers(exec, shape, inputs);
+        let borders = chunk_borders(exec, shape, inputs, &solvers, state);
+        exec.parallel_items(y.chunks_mut(CHUNK * y_row).collect(), |chunk, y| {
+            let (shape, inputs) = inputs.chunk(shape, chunk);
+            chunk_output(&exec.single(), shape, inputs, &solvers[chunk], &borders[chunk], y);
+        });
+    }
+}
+
+/// What a chunk's corrections depend on besides the state at its start.
+struct Solver {
+    decay: Decay,
+    /// `(I + T)⁻¹`, rows [`CHUNK`] apart.
+    inverse: Vec<f32>,
+}
+
+/// The state at a chunk's start and what follows from it.
+struct Border {
+    /// `S_0` `[d_state, head_dim]`.
+    state: Vec<f32>,
+    /// `S_0ᵀ k_t` `[seq, head_dim]`.
+    reads: Vec<f32>,
+    /// `w_t` `[seq, head_dim]`.
+    corrections: Vec<f32>,
+}
+
+fn solvers(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>) -> Vec<Solver> {
+    exec.parallel_map(shape.seq.div_ceil(CHUNK), |chunk| {
+        let (shape, inputs) = inputs.chunk(shape, chunk);
+        let mut triangle = vec![0.0; shape.seq * CHUNK];
+        products(&exec.single(), shape.seq, shape.d_state, inputs.k, inputs.k, &mut triangle);
+        dispatch!(exec.isa(), |s| {
+            let decay = Decay::new(s, inputs.log_a, 1);
+            for (t, row) in triangle.chunks_exact_mut(CHUNK).enumerate() {
+                weigh_row(s, &decay, t, row);
+                scale(inputs.beta[t], row);
+            }
+            Solver { inverse: unit_lower_inverse(s, &triangle), decay }
+        })
+    })
+}
+
+/// `out[i, j] = a_i · b_j` for `rows` rows `a` and as many rows `b` as there are, rows of `out` [`CHUNK`] apart.
+fn products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
+    let columns = b.len() / width;
+    gemm(
+        exec,
+        MatMut::new(out, rows, columns, CHUNK),
+        MatRef::dense(a, rows, width),
+        Trans::No,
+        MatRef::dense(b, columns, width),
+        Trans::Yes,
+        1.0,
+        Store::Overwrite,
+    );
+}
+
+/// Multiplies row `t` of a chunk's scores by the decays since each token; tokens after `t` get 0.
+#[inline(always)]
+fn weigh_row<S: Simd>(s: S, decay: &Decay, t: usize, row: &mut [f32]) {
+    decay.for_row(s, t, |start, weights| {
+        for (score, weight) in row[start..].iter_mut().zip(weights) {
+            *score *= weight;
+        }
+    });
+    row[Decay::causal_width(t)..].fill(0.0);
+}
+
+/// Inverse of `I + T` by forward substitution, where `T` is the part of `triangle` below its diagonal.
+#[inline(always)]
+fn unit_lower_inverse<S: Simd>(s: S, triangle: &[f32]) -> Vec<f32> {
+    let mut inverse = vec![0.0; triangle.len()];
+    for (t, row) in triangle.chunks_exact(CHUNK).enumerate() {
+        let (done, current) = inverse.split_at_mut(t * CHUNK);
+        let mut sum = [0.0f32; CHUNK];
+        sum[t] = 1.0;
+        for (done, &factor) in done.chunks_exact(CHUNK).zip(row) {
+            axpy(s, -factor, done, &mut sum);
+        }
+        current[..CHUNK].copy_from_slice(&sum);
+    }
+    inverse
+}
+
+/// Walks `carry` from the first chunk's start to the last one's end.
+fn chunk_borders(
+    exec: &Exec,
+    shape: DeltaShape,
+    inputs: DeltaInputs<'_>,
+    solvers: &[Solver],
+    carry: &mut [f32],
+) -> Vec<Border> {
+    let single = exec.single();
+    let walk = solvers.iter().enumerate().map(|(chunk, Solver { decay, inverse })| {
+        let (shape, DeltaInputs { k, v, beta, .. }) = inputs.chunk(shape, chunk);
+        let DeltaShape { seq, d_state, head_dim, .. } = shape;
+        let (no, yes) = (Trans::No, Trans::Yes);
+        let product = |out: &mut [f32], a: MatRef<'_>, ta, b: &[f32], rows, store| {
+            let out_rows = out.len() / head_dim;
+            let (out, b) = (MatMut::dense(out, out_rows, head_dim), MatRef::dense(b, rows, head_dim));
+            gemm(&single, out, a, ta, b, no, 1.0, store);
+        };
+        let keys = MatRef::dense(k, seq, d_state);
+        let state = carry.to_vec();
+        let mut reads = vec![0.0; seq * head_dim];
+        product(&mut reads, keys, no, &state, d_state, Store::Overwrite);
+        let mut target = vec![0.0; seq * head_dim];
+        dispatch!(exec.isa(), |s| for t in 0..seq {
+            let row = t * head_dim..(t + 1) * head_dim;
+            error(s, decay.from_start[t], &v[row.clone()], &reads[row.clone()], &mut target[row.clone()]);
+            scale(beta[t], &mut target[row]);
+        });
+        let mut corrections = vec![0.0; seq * head_dim];
+        let inverse = MatRef::new(inverse, seq, seq, CHUNK);
+        product(&mut corrections, inverse, no, &target, seq, Store::Overwrite);
+        // The target is no longer needed: its place takes the corrections as the chunk's end sees them.
+        dispatch!(exec.isa(), {
+            scale_rows(&corrections, &decay.to_end, head_dim, &mut target);
+            scale(decay.total, carry);
+        });
+        product(carry, keys, yes, &target, seq, Store::Accumulate);
+        Border { state, reads, corrections }
+    });
+    walk.collect()
+}
+
+/// `out = v − decay · read`: what the state gets wrong about one token.
+#[inline(always)]
+fn error<S: Simd>(s: S, decay: f32, v: &[f32], read: &[f32], out: &mut [f32]) {
+    assert!(v.len() == out.len() && read.len() == out.len());
+    for ((out, &v), &read) in out.iter_mut().zip(v).zip(read) {
+        *out = s.fma(-decay, read, v);
+    }
+}
+
+/// `out[t] = factors[t] · x[t]` for rows of `width` values.
+#[inline(always)]
+fn scale_rows(x: &[f32], factors: &[f32], width: usize, out: &mut [f32]) {
+    let rows = x.chunks_exact(width).zip(out.chunks_exact_mut(width));
+    for ((x, out), &factor) in rows.zip(factors) {
+        crate::chunk::scaled(factor, x, out);
+    }
+}
+
+/// Output of one chunk.
+fn chunk_output(
+    exec: &Exec,
+    shape: DeltaShape,
+    inputs: DeltaInputs<'_>,
+    solver: &Solver,
+    border: &Border,
+    y: &mut [f32],
+) {
+    let DeltaShape { seq, heads, d_state, head_dim } = shape;
+    let rows = seq * heads;
+    gemm(
+        exec,
+        MatMut::dense(y, rows, head_dim),
+        MatRef::dense(inputs.q, rows, d_state),
+        Trans::No,
+        MatRef::dense(&border.state, d_state, head_dim),
+        Trans::No,
+        1.0,
+        Store::Overwrite,
+    );
+    dispatch!(exec.isa(), {
+        for (row, y) in y.chunks_exact_mut(head_dim).enumerate() {
+            scale(solver.decay.from_start[row / heads], y);
+        }
+    });
+    let mut scores = vec![0.0; rows * CHUNK];
+    products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
+    dispatch!(exec.isa(), |s| weigh_heads(s, &solver.decay, heads, &mut scores));
+    gemm(
+        exec,
+        MatMut::dense(y, rows, head_dim),
+        MatRef::new(&scores, rows, seq, CHUNK),
+        Trans::No,
+        MatRef::dense(&border.corrections, seq, head_dim),
+        Trans::No,
+        1.0,
+        Store::Accumulate,
+    );
+}
+
+/// [`weigh_row`] for all heads' rows of every token.
+#[inline(always)]
+fn weigh_heads<S: Simd>(s: S, decay: &Decay, heads: usize, scores: &mut [f32]) {
+    for (t, rows) in scores.chunks_exact_mut(heads * CHUNK).enumerate() {
+        let mut weights = [1.0f32; CHUNK];
+        weigh_row(s, decay, t, &mut weights);
+        for row in rows.chunks_exact_mut(CHUNK) {
+            for (score, weight) in row.iter_mut().zip(&weights) {
+                *score *= weight;
+            }
+        }
+    }
+}
+
+/// One-token form of [`gated_delta`] (`shape.seq == 1`). Panics when a length does not fit.
+pub fn gated_delta_step(
+    exec: &Exec,
+    shape: DeltaShape,
+    inputs: DeltaInputs<'_>,
+    state: &mut [f32],
+    y: &mut [f32],
+) {
+    assert_eq!(shape.seq, 1, "one step takes one token");
+    shape.check(inputs, y.len());
+    check_len("state", state.len(), shape.state_len());
+    dispatch!(exec.isa(), |s| step(s, shape, inputs, state, y));
+}
+
+#[inline(always)]
+fn step<S: Simd>(s: S, shape: DeltaShape, inputs: DeltaInputs<'_>, state: &mut [f32], y: &mut [f32]) {
+    let DeltaShape { d_state, head_dim, .. } = shape;
+    let decay = exp(s, inputs.log_a[0]);
+    let mut read = vec![0.0; head_dim];
+    for (row, &k) in state.chunks_exact(head_dim).zip(inputs.k) {
+        axpy(s, k, row, &mut read);
+    }
+    let mut wrong = vec![0.0; head_dim];
+    error(s, decay, inputs.v, &read, &mut wrong);
+    for (row, &k) in state.chunks_exact_mut(head_dim).zip(inputs.k) {
+        let write = inputs.beta[0] * k;
+        for (row, &wrong) in row.iter_mut().zip(&wrong) {
+            *row = s.fma(decay, *row, write * wrong);
+        }
+    }
+    for (y, q) in y.chunks_exact_mut(head_dim).zip(inputs.q.chunks_exact(d_state)) {
+        y.fill(0.0);
+        for (row, &q) in state.chunks_exact(head_dim).zip(q) {
+            axpy(s, q, row, y);
+        }
+    }
 }
