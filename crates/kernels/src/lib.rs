@@ -10,6 +10,7 @@ pub mod gated_delta;
 pub mod isa;
 pub mod loss;
 pub mod mat;
+pub mod measure;
 pub mod naive;
 pub mod optim;
 pub mod rope;
