@@ -61,6 +61,9 @@ pub struct Args {
     /// Continue an interrupted run.
     #[arg(long)]
     resume: bool,
+    /// Seconds between training states on disk.
+    #[arg(long, default_value_t = 120)]
+    save_every: u64,
     /// Train the existing bank at --out on more tokens.
     #[arg(long, conflicts_with = "resume")]
     extend: bool,
@@ -93,6 +96,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         fisher: sequences(&train, measure_context, args.measure_tokens, args.seed ^ 1)?,
         out: args.out.clone(),
         resume: args.resume,
+        save_every_s: args.save_every,
         metrics: args.metrics.clone(),
         ..AlignOptions::default()
     };

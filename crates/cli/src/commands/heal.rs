@@ -62,6 +62,9 @@ pub struct Args {
     /// Continue an interrupted run.
     #[arg(long)]
     resume: bool,
+    /// Seconds between training states on disk.
+    #[arg(long, default_value_t = 120)]
+    save_every: u64,
     #[command(flatten)]
     exec: ExecArgs,
 }
@@ -117,6 +120,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         seed: args.seed,
         state_dir: state_dir.into(),
         resume: args.resume,
+        save_every_s: args.save_every,
         ..defaults
     };
     let mut trained = hybrid.model.clone();
