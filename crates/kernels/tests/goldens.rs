@@ -1,5 +1,6 @@
 //! Every kernel, on every instruction set of this CPU, against PyTorch's values and gradients
 //! (`tests/data/*.safetensors`, made by `testdata/make_goldens.py` in f64).
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use kernels::attention::{AttnMask, AttnSaved, AttnShape, attention, attention_backward};
 use kernels::conv::{short_conv, short_conv_backward};

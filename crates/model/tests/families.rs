@@ -1,5 +1,6 @@
 //! Every family and both config forms against transformers: logits at every position and gradients of every parameter
 //! (`tests/data/<family>/`, made by `testdata/make_goldens.py`).
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use kernels::Exec;
 use kernels::loss::cross_entropy;

@@ -1,5 +1,6 @@
 //! Every mixer, whole, against PyTorch: outputs of the training, prefill and step forms, and all gradients
 //! (`tests/data/mixers.*`, made by `testdata/make_goldens.py` in f64).
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use kernels::{Exec, MatMut, MatRef};
 use recurformer_model::MixerSpec;
