@@ -2,7 +2,7 @@
 
 use crate::Exec;
 use crate::isa::dispatch;
-use crate::simd::{self, Simd, sum_by};
+use crate::simd::{self, Simd};
 
 /// Values one task handles: a few cache pages, so that waking a thread pays off. Fixed, so that results do not depend
 /// on the number of threads.
@@ -98,7 +98,7 @@ fn rms_norm_dx<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, dout: &[f32],
     let dim = weight.len();
     for (x, dout, dx) in zip_rows(dim, x, dout, dx) {
         let inv = inverse_rms(s, x, eps);
-        let mean = sum_by(dim, |i| dout[i] * weight[i] * x[i]) / dim as f32;
+        let mean = simd::dot3(s, dout, weight, x) / dim as f32;
         // Multiplied in this order, neither factor overflows for large x (then inv is small).
         let along = mean * inv * inv;
         for (((dx, &x), &d), &w) in dx.iter_mut().zip(x).zip(dout).zip(weight) {

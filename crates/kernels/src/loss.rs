@@ -2,7 +2,7 @@
 
 use crate::Exec;
 use crate::isa::dispatch;
-use crate::simd::{self, Simd, sum_by};
+use crate::simd::{self, Simd};
 
 /// The target that [`cross_entropy`] ignores.
 pub const IGNORED: u32 = u32::MAX;
@@ -38,15 +38,17 @@ pub fn cross_entropy(
         }
         assert!((target as usize) < vocab, "target {target} is not below the vocabulary's {vocab}");
         dispatch!(exec.isa(), |s| {
-            let norm = Softmax::of(s, row);
-            *nll = ((norm.log_sum) - f64::from(row[target as usize] - norm.max)) as f32;
-            if let Some(dlogits) = dlogits {
-                let scale = weight * norm.inv_sum;
-                for (d, &x) in dlogits.iter_mut().zip(row) {
-                    *d = scale * simd::exp(s, x - norm.max);
+            let norm = match dlogits {
+                None => Softmax::of(s, row),
+                Some(dlogits) => {
+                    let norm = Softmax::with_terms(s, row, dlogits);
+                    let scale = weight * norm.inv_sum;
+                    dlogits.iter_mut().for_each(|d| *d *= scale);
+                    dlogits[target as usize] -= weight;
+                    norm
                 }
-                dlogits[target as usize] -= weight;
-            }
+            };
+            *nll = (norm.log_sum - f64::from(row[target as usize] - norm.max)) as f32;
         });
     });
 }
@@ -71,12 +73,18 @@ pub fn kl_divergence(
             let (norm_t, norm_s) = (Softmax::of(s, teacher), Softmax::of(s, student));
             // log p − log q of one token is (t − max_t) − (s − max_s) − offset; the small differences are formed first.
             let offset = (norm_t.log_sum - norm_s.log_sum) as f32;
-            let sum = block_sums(vocab, |i| {
-                let (t, q) = (teacher[i] - norm_t.max, student[i] - norm_s.max);
-                let p = simd::exp(s, t);
-                // A token of no teacher probability counts 0, also when both logits are -inf.
-                if p > 0.0 { p * ((t - q) - offset) } else { 0.0 }
-            });
+            let mut sum = 0.0;
+            let mut terms = [0.0; BLOCK];
+            for (teacher, student) in teacher.chunks(BLOCK).zip(student.chunks(BLOCK)) {
+                let terms = &mut terms[..teacher.len()];
+                for ((term, &t), &q) in terms.iter_mut().zip(teacher).zip(student) {
+                    let (t, q) = (t - norm_t.max, q - norm_s.max);
+                    let p = simd::exp(s, t);
+                    // A token of no teacher probability counts 0, also when both logits are -inf.
+                    *term = if p > 0.0 { p * ((t - q) - offset) } else { 0.0 };
+                }
+                sum += f64::from(simd::sum(s, terms));
+            }
             *kl = (sum * f64::from(norm_t.inv_sum)) as f32;
             if let Some(dlogits) = dlogits {
                 for ((d, &t), &q) in dlogits.iter_mut().zip(teacher).zip(student) {
@@ -112,19 +120,32 @@ impl Softmax {
     #[inline(always)]
     fn of<S: Simd>(s: S, row: &[f32]) -> Self {
         let max = simd::max(row);
-        let sum = block_sums(row.len(), |i| simd::exp(s, row[i] - max));
+        let mut terms = [0.0; BLOCK];
+        let sums = row.chunks(BLOCK).map(|row| exps(s, row, max, &mut terms[..row.len()]));
+        Self::new(max, sums.sum())
+    }
+
+    /// The same, leaving `exp(x − max)` in `terms`.
+    #[inline(always)]
+    fn with_terms<S: Simd>(s: S, row: &[f32], terms: &mut [f32]) -> Self {
+        let max = simd::max(row);
+        let sums =
+            row.chunks(BLOCK).zip(terms.chunks_mut(BLOCK)).map(|(row, terms)| exps(s, row, max, terms));
+        Self::new(max, sums.sum())
+    }
+
+    fn new(max: f32, sum: f64) -> Self {
         Self { max, inv_sum: (1.0 / sum) as f32, log_sum: sum.ln() }
     }
 }
 
-/// Sum of `term(0..n)`: vector lanes of f32 within a block, f64 across blocks.
+/// Writes `exp(x − max)` and returns the sum.
 #[inline(always)]
-fn block_sums(n: usize, term: impl Fn(usize) -> f32) -> f64 {
-    let mut total = 0.0;
-    for start in (0..n).step_by(BLOCK) {
-        total += f64::from(sum_by((n - start).min(BLOCK), |i| term(start + i)));
+fn exps<S: Simd>(s: S, row: &[f32], max: f32, terms: &mut [f32]) -> f64 {
+    for (term, &x) in terms.iter_mut().zip(row) {
+        *term = simd::exp(s, x - max);
     }
-    total
+    f64::from(simd::sum(s, terms))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::isa::dispatch;
-use crate::simd::sum_by;
+use crate::simd;
 use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
 
 /// Side of the square product that [`gemm_gflops`] times.
@@ -43,7 +43,7 @@ pub fn read_gigabytes_per_second(exec: &Exec) -> f64 {
     let seconds = fastest(|| {
         let sums = exec.parallel_map(STREAM / chunk, |i| {
             let data = &data[i * chunk..][..chunk];
-            dispatch!(exec.isa(), sum_by(chunk, |i| data[i]))
+            dispatch!(exec.isa(), |s| simd::sum(s, data))
         });
         std::hint::black_box(sums);
     });

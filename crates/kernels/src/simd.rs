@@ -17,6 +17,8 @@ pub(crate) trait Simd: Copy {
     fn store(self, v: Self::V, out: &mut [f32]);
     /// Lane-wise sum.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Lane-wise product.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// Lane-wise `a · b + c`.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Sum of all lanes, in a fixed order.
@@ -50,6 +52,10 @@ impl<const FUSED: bool> Simd for Portable<FUSED> {
     #[inline(always)]
     fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| a[i] * b[i])
     }
     #[inline(always)]
     fn mul_add(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
@@ -124,6 +130,11 @@ mod x86 {
             unsafe { _mm512_add_ps(a, b) }
         }
         #[inline(always)]
+        fn mul(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: the token proves AVX-512.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
         fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
             // SAFETY: the token proves AVX-512.
             unsafe { _mm512_fmadd_ps(a, b, c) }
@@ -165,6 +176,11 @@ mod x86 {
             unsafe { _mm256_add_ps(a, b) }
         }
         #[inline(always)]
+        fn mul(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: the token proves AVX2.
+            unsafe { _mm256_mul_ps(a, b) }
+        }
+        #[inline(always)]
         fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
             // SAFETY: the token proves AVX2 and FMA.
             unsafe { _mm256_fmadd_ps(a, b, c) }
@@ -178,27 +194,54 @@ mod x86 {
     }
 }
 
-/// Sum of products with independent accumulators. `a` and `b` have the same length.
+/// Sum over equal-length slices of the product of their values, with independent accumulators in a fixed order.
 #[inline(always)]
-pub(crate) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let mut acc = [s.splat(0.0); 4];
-    let (mut wide_a, mut wide_b) = (a.chunks_exact(4 * S::LANES), b.chunks_exact(4 * S::LANES));
-    for (a, b) in (&mut wide_a).zip(&mut wide_b) {
-        for (i, acc) in acc.iter_mut().enumerate() {
-            *acc = s.mul_add(s.load(&a[i * S::LANES..]), s.load(&b[i * S::LANES..]), *acc);
+fn sum_of_products<S: Simd, const N: usize>(s: S, x: [&[f32]; N]) -> f32 {
+    let n = x[0].len();
+    assert!(x.iter().all(|x| x.len() == n));
+    let product = |at: usize, acc: S::V| -> S::V {
+        let loaded: [S::V; N] = std::array::from_fn(|i| s.load(&x[i][at..]));
+        match N {
+            1 => s.add(acc, loaded[0]),
+            2 => s.mul_add(loaded[0], loaded[1], acc),
+            _ => s.mul_add(loaded[1..N - 1].iter().fold(loaded[0], |p, &y| s.mul(p, y)), loaded[N - 1], acc),
         }
+    };
+    let mut acc = [s.splat(0.0); 4];
+    let mut at = 0;
+    while at + 4 * S::LANES <= n {
+        for (i, acc) in acc.iter_mut().enumerate() {
+            *acc = product(at + i * S::LANES, *acc);
+        }
+        at += 4 * S::LANES;
     }
-    let (mut a, mut b) =
-        (wide_a.remainder().chunks_exact(S::LANES), wide_b.remainder().chunks_exact(S::LANES));
-    for (a, b) in (&mut a).zip(&mut b) {
-        acc[0] = s.mul_add(s.load(a), s.load(b), acc[0]);
+    while at + S::LANES <= n {
+        acc[0] = product(at, acc[0]);
+        at += S::LANES;
     }
     let mut sum = s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])));
-    for (&a, &b) in a.remainder().iter().zip(b.remainder()) {
-        sum = s.fma(a, b, sum);
+    for i in at..n {
+        sum += x.iter().fold(1.0, |p, x| p * x[i]);
     }
     sum
+}
+
+/// Sum of the values.
+#[inline(always)]
+pub(crate) fn sum<S: Simd>(s: S, x: &[f32]) -> f32 {
+    sum_of_products(s, [x])
+}
+
+/// Sum of products of two slices of the same length.
+#[inline(always)]
+pub(crate) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
+    sum_of_products(s, [a, b])
+}
+
+/// Sum of products of three slices of the same length.
+#[inline(always)]
+pub(crate) fn dot3<S: Simd>(s: S, a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    sum_of_products(s, [a, b, c])
 }
 
 /// `y += alpha · x`. `x` and `y` have the same length.
@@ -355,6 +398,11 @@ mod tests {
             for isa in Isa::available() {
                 let fast = dispatch!(isa, |s| dot(s, &a, &b));
                 assert!((f64::from(fast) - exact).abs() < 1e-5 * (n as f64 + 1.0), "{isa} {n}");
+                let fast = dispatch!(isa, |s| dot3(s, &a, &b, &vec![2.0; n]));
+                assert!((f64::from(fast) - 2.0 * exact).abs() < 2e-5 * (n as f64 + 1.0), "{isa} {n}");
+                let plain: f64 = a.iter().copied().map(f64::from).sum();
+                let fast = dispatch!(isa, |s| sum(s, &a));
+                assert!((f64::from(fast) - plain).abs() < 1e-5 * (n as f64 + 1.0), "{isa} {n}");
                 let fast = dispatch!(isa, sum_by(n, |i| a[i] * b[i]));
                 assert!((f64::from(fast) - exact).abs() < 1e-5 * (n as f64 + 1.0), "{isa} {n}");
                 let best = dispatch!(isa, max(&a));

@@ -4,7 +4,7 @@
 use super::mask::{TILE, Visible, positions_per_block};
 use super::{AttnMask, AttnShape};
 use crate::isa::dispatch;
-use crate::simd::{self, Simd, sum_by};
+use crate::simd::{self, Simd};
 use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
 
 /// Up to this many query rows the keys of one block are split among tasks.
@@ -194,7 +194,7 @@ impl Partial {
             // A row of -inf scores has no weights; -inf - -inf would be NaN.
             let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
             scores.iter_mut().for_each(|score| *score = simd::exp(s, *score - shift));
-            sum += sum_by(scores.len(), |j| scores[j]);
+            sum += simd::sum(s, scores);
         }
         if max > old {
             let keep = simd::exp(s, old - max);
