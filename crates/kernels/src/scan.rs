@@ -5,7 +5,7 @@
 use crate::Exec;
 use crate::chunk::check_len;
 use crate::isa::dispatch;
-use crate::simd::{Simd, exp, sum_by};
+use crate::simd::{Simd, exp};
 
 mod backward;
 #[cfg(test)]
@@ -215,10 +215,44 @@ pub fn selective_scan_step(
         for (channel, (state, rates)) in rows.enumerate() {
             let (u, delta) = (inputs.u[channel], inputs.delta[channel]);
             let input = delta * u;
-            for ((state, &rate), &b) in state.iter_mut().zip(rates).zip(inputs.b) {
-                *state = s.fma(exp(s, delta * rate), *state, b * input);
+            let mut products = [0.0; LANES];
+            // Blocks of constant length become one vector.
+            let (blocks, rest) = state.as_chunks_mut::<LANES>();
+            let (rate_blocks, rate_rest) = rates.as_chunks::<LANES>();
+            let (b_blocks, b_rest) = inputs.b.as_chunks::<LANES>();
+            let (c_blocks, c_rest) = inputs.c.as_chunks::<LANES>();
+            let whole = blocks.iter_mut().zip(rate_blocks).zip(b_blocks).zip(c_blocks);
+            for (((state, rates), b), c) in whole {
+                step_entries(s, delta, input, rates, (b, c), state, &mut products);
             }
-            y[channel] = s.fma(inputs.d[channel], u, sum_by(d_state, |n| state[n] * inputs.c[n]));
+            step_entries(s, delta, input, rate_rest, (b_rest, c_rest), rest, &mut products);
+            y[channel] = s.fma(inputs.d[channel], u, lane_sum(s, &products));
         }
     });
+}
+
+/// One token for up to [`LANES`] state values of one channel; adds their parts of the output to `products`.
+#[inline(always)]
+fn step_entries<S: Simd>(
+    s: S,
+    delta: f32,
+    input: f32,
+    rates: &[f32],
+    (b, c): (&[f32], &[f32]),
+    state: &mut [f32],
+    products: &mut Lanes,
+) {
+    let entries = state.iter_mut().zip(rates).zip(b).zip(c).zip(products);
+    for ((((state, &rate), &b), &c), product) in entries {
+        *state = s.fma(exp(s, delta * rate), *state, b * input);
+        *product = s.fma(c, *state, *product);
+    }
+}
+
+/// Sum of all lanes.
+#[inline(always)]
+fn lane_sum<S: Simd>(s: S, x: &Lanes) -> f32 {
+    let mut vectors = x.chunks_exact(S::LANES).map(|x| s.load(x));
+    let first = vectors.next().expect("a tile is at least one vector wide");
+    s.sum(vectors.fold(first, |sum, x| s.add(sum, x)))
 }

@@ -1,6 +1,6 @@
 //! Gradient of the selective scan: keeps states at chunk starts, recomputes and walks back one chunk at a time.
 
-use super::{LANES, Lanes, ScanGrads, ScanInputs, ScanShape, Tile, advance};
+use super::{LANES, Lanes, ScanGrads, ScanInputs, ScanShape, Tile, advance, lane_sum};
 use crate::Exec;
 use crate::chunk::check_len;
 use crate::isa::dispatch;
@@ -173,28 +173,30 @@ impl Step<'_> {
     fn backward<S: Simd>(&self, s: S, t: usize, skip: &Lanes, grads: &mut TileGrads) {
         let Self { u, delta, dy, .. } = self;
         let d_state = self.b.len();
-        let (db, dc) = (&mut grads.db[t * d_state..], &mut grads.dc[t * d_state..]);
+        let token = t * d_state..(t + 1) * d_state;
         let input: Lanes = std::array::from_fn(|lane| delta[lane] * u[lane]);
         // Gradients of `δ u`, the input that all state values share, and of δ through the decays.
         let (mut d_input, mut d_delta) = ([0.0; LANES], [0.0; LANES]);
-        for n in 0..d_state {
-            let (before, after, decay, rates) =
-                (&self.before[n], &self.after[n], &self.decays[n], &self.rates[n]);
-            let (da, d_state) = (&mut grads.da[n], &mut grads.d_state[n]);
+        let states = self.before.iter().zip(self.after).zip(self.decays).zip(self.rates);
+        let tokens = self.b.iter().zip(self.c).zip(&mut grads.db[token.clone()]).zip(&mut grads.dc[token]);
+        let sums = grads.da.iter_mut().zip(&mut grads.d_state);
+        for (((((before, after), decay), rates), (((&b, &c), db), dc)), (da, d_state)) in
+            states.zip(tokens).zip(sums)
+        {
             let (mut read, mut written) = ([0.0; LANES], [0.0; LANES]);
             for lane in 0..LANES {
                 read[lane] = dy[lane] * after[lane];
-                let d = s.fma(self.c[n], dy[lane], d_state[lane]);
+                let d = s.fma(c, dy[lane], d_state[lane]);
                 written[lane] = d * input[lane];
-                d_input[lane] = s.fma(d, self.b[n], d_input[lane]);
+                d_input[lane] = s.fma(d, b, d_input[lane]);
                 let d_before = d * decay[lane];
                 let d_exponent = d_before * before[lane];
                 d_delta[lane] = s.fma(d_exponent, rates[lane], d_delta[lane]);
                 da[lane] = s.fma(d_exponent, delta[lane], da[lane]);
                 d_state[lane] = d_before;
             }
-            dc[n] = lane_sum(read);
-            db[n] = lane_sum(written);
+            *dc = lane_sum(s, &read);
+            *db = lane_sum(s, &written);
         }
         for lane in 0..LANES {
             grads.dd[lane] = s.fma(dy[lane], u[lane], grads.dd[lane]);
@@ -202,12 +204,4 @@ impl Step<'_> {
             grads.ddelta[t][lane] = s.fma(d_input[lane], u[lane], d_delta[lane]);
         }
     }
-}
-
-/// Sum of all lanes by halves.
-#[inline(always)]
-fn lane_sum(x: Lanes) -> f32 {
-    let x: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
-    let x: [f32; 4] = std::array::from_fn(|i| x[i] + x[i + 4]);
-    (x[0] + x[2]) + (x[1] + x[3])
 }
