@@ -5,6 +5,7 @@
 pub mod config;
 mod dequant;
 pub mod error;
+pub mod fetch;
 pub mod files;
 pub mod gguf;
 #[allow(unsafe_code)]

@@ -189,7 +189,9 @@ fn rope_scaling(
         "none" if keys.get("rope.scaling.type").is_some() => None,
         "none" | "linear" => factor.filter(|&f| f != 1.0 && f != 0.0),
         other => {
-            return Err(unsupported(format!("RoPE scaling `{other}`; supported are none, linear and llama3")));
+            return Err(unsupported(format!(
+                "RoPE scaling `{other}`; supported are none, linear and llama3"
+            )));
         }
     };
     match (factors, linear) {
