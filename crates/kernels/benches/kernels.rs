@@ -50,7 +50,7 @@ mod gemm {
     }
 
     #[divan::bench(args = isas())]
-    fn prefill_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn prefill_fast(bencher: Bencher<'_, '_>, isa: &str) {
         fast(bencher, isa, SHAPES[0]);
     }
     #[divan::bench(sample_count = 2)]
@@ -58,7 +58,7 @@ mod gemm {
         naive(bencher, SHAPES[0]);
     }
     #[divan::bench(args = isas())]
-    fn decode_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn decode_fast(bencher: Bencher<'_, '_>, isa: &str) {
         fast(bencher, isa, SHAPES[1]);
     }
     #[divan::bench]
@@ -89,7 +89,7 @@ mod attention {
     }
 
     #[divan::bench(args = isas())]
-    fn prefill_1024_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn prefill_1024_fast(bencher: Bencher<'_, '_>, isa: &str) {
         forward(bencher, isa, 1024, 1024);
     }
     #[divan::bench(sample_count = 1)]
@@ -100,11 +100,11 @@ mod attention {
         bencher.bench_local(|| black_box(kernels::naive::attention::attention(SHAPE, mask, x)));
     }
     #[divan::bench(args = isas())]
-    fn prefill_4096_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn prefill_4096_fast(bencher: Bencher<'_, '_>, isa: &str) {
         forward(bencher, isa, 4096, 4096);
     }
     #[divan::bench(args = isas(), sample_count = 50)]
-    fn decode_8192_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn decode_8192_fast(bencher: Bencher<'_, '_>, isa: &str) {
         forward(bencher, isa, 1, 8192);
     }
     #[divan::bench]
@@ -115,7 +115,7 @@ mod attention {
         bencher.bench_local(|| black_box(kernels::naive::attention::attention(SHAPE, mask, x)));
     }
     #[divan::bench(args = isas())]
-    fn backward_1024_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn backward_1024_fast(bencher: Bencher<'_, '_>, isa: &str) {
         let (exec, n) = (exec(isa), 1024);
         let (q, k, v) = (values(n * WIDTH), values(n * KV_WIDTH), values(n * KV_WIDTH));
         let (mut out, mut lse) = (vec![0.0; n * WIDTH], vec![0.0; n * 9]);
@@ -141,7 +141,7 @@ mod elementwise {
     const ROWS: usize = 256;
 
     #[divan::bench(args = isas())]
-    fn rms_norm_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn rms_norm_fast(bencher: Bencher<'_, '_>, isa: &str) {
         let (exec, x, w) = (exec(isa), values(ROWS * 576), values(576));
         let mut out = vec![0.0; x.len()];
         bencher.bench_local(|| elementwise::rms_norm(&exec, &x, &w, 1e-5, &mut out));
@@ -152,7 +152,7 @@ mod elementwise {
         bencher.bench_local(|| black_box(reference::rms_norm(&x, &w, 1e-5)));
     }
     #[divan::bench(args = isas())]
-    fn swiglu_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn swiglu_fast(bencher: Bencher<'_, '_>, isa: &str) {
         let (exec, x) = (exec(isa), values(ROWS * 1536));
         let mut out = vec![0.0; x.len()];
         bencher.bench_local(|| elementwise::swiglu(&exec, &x, &x, &mut out));
@@ -163,7 +163,7 @@ mod elementwise {
         bencher.bench_local(|| black_box(reference::swiglu(&x, &x)));
     }
     #[divan::bench(args = isas())]
-    fn cross_entropy_fast(bencher: Bencher<'_, '_>, isa: &String) {
+    fn cross_entropy_fast(bencher: Bencher<'_, '_>, isa: &str) {
         let (exec, x, targets) = (exec(isa), values(16 * 49152), [5; 16]);
         let (mut nll, mut dx) = (vec![0.0; 16], vec![0.0; x.len()]);
         bencher.bench_local(|| {

@@ -253,29 +253,6 @@ pub(crate) fn axpy<S: Simd>(s: S, alpha: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Sum of `term(0..n)` with 16 independent accumulators, so that it vectorises; the order of additions is fixed.
-#[inline(always)]
-pub(crate) fn sum_by(n: usize, term: impl Fn(usize) -> f32) -> f32 {
-    let mut acc = [0.0f32; 16];
-    let whole = n / 16 * 16;
-    let mut base = 0;
-    while base < whole {
-        for (lane, acc) in acc.iter_mut().enumerate() {
-            *acc += term(base + lane);
-        }
-        base += 16;
-    }
-    for i in whole..n {
-        acc[i - whole] += term(i);
-    }
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            acc[i] += acc[i + width];
-        }
-    }
-    acc[0]
-}
-
 /// The largest value, `-inf` when empty; NaN values are skipped.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
@@ -403,8 +380,6 @@ mod tests {
                 let plain: f64 = a.iter().copied().map(f64::from).sum();
                 let fast = dispatch!(isa, |s| sum(s, &a));
                 assert!((f64::from(fast) - plain).abs() < 1e-5 * (n as f64 + 1.0), "{isa} {n}");
-                let fast = dispatch!(isa, sum_by(n, |i| a[i] * b[i]));
-                assert!((f64::from(fast) - exact).abs() < 1e-5 * (n as f64 + 1.0), "{isa} {n}");
                 let best = dispatch!(isa, max(&a));
                 assert_eq!(best, a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             }

@@ -15,9 +15,9 @@ pub fn rope(
     let heads = x.len() / (seq_len * head_dim).max(1);
     for t in 0..seq_len {
         for head in 0..heads {
-            for i in 0..half {
+            for (i, freq) in inv_freq.iter().enumerate() {
                 let sign = if rotation == Rotation::Forward { 1.0 } else { -1.0 };
-                let (sin, cos) = (sign * (pos0 + t) as f64 * inv_freq[i]).sin_cos();
+                let (sin, cos) = (sign * (pos0 + t) as f64 * freq).sin_cos();
                 let low = (t * heads + head) * head_dim + i;
                 let high = low + half;
                 out[low] = x[low] * cos - x[high] * sin;
