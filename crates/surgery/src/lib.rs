@@ -3,11 +3,15 @@
 #![forbid(unsafe_code)]
 
 pub mod bank;
+pub mod base;
 pub mod convert;
 pub mod criteria;
 pub mod error;
+mod exp;
 pub mod select;
 pub mod stats;
+#[cfg(test)]
+mod testing;
 
 pub use bank::{BankInfo, HeadBank};
 pub use error::{Result, SurgeryError};

@@ -1,8 +1,15 @@
-//! From scores to a HeadPlan under a budget.
+//! From scores to a HeadPlan under a budget, and what the plan costs.
+//! Knows scores, groups and bytes; knows nothing of where the scores come from.
 
-use crate::error::Result;
-use model::plan::PlanCriterion;
-use model::{HeadPlan, MixerSpec, ModelConfig};
+mod summary;
+#[cfg(test)]
+mod tests;
+
+pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, summary};
+
+use crate::error::{Result, SurgeryError};
+use model::plan::{GroupPlan, LayerPlan, PlanCriterion};
+use model::{GroupMixer, HeadPlan, MixerSpec, ModelConfig};
 
 /// What [`select`] needs besides the scores.
 #[derive(Clone, Debug)]
@@ -18,8 +25,91 @@ pub struct SelectOptions {
 }
 
 /// Converts the `round(beta · groups)` groups of highest score `[layer][group]` (ties: lower layer, lower group first), never more than
-/// the floor per layer allows. A budget the floor cannot meet is an error; NaN scores are errors.
+/// the floor per layer allows: a group whose layer is at its floor is skipped and the next best takes its place.
+///
+/// # Errors
+/// [`SurgeryError::Argument`] for a `beta` outside 0..=1, scores of another shape, a score that is not finite, or a budget that the
+/// floor cannot meet; [`SurgeryError::Model`] when the mixer does not fit the model.
 pub fn select(config: &ModelConfig, scores: &[Vec<f64>], options: &SelectOptions) -> Result<HeadPlan> {
-    let _ = (config, scores, options);
-    todo!()
+    let beta = options.beta;
+    if !(0.0..=1.0).contains(&beta) {
+        return Err(SurgeryError::Argument(format!("beta is {beta}, expected a share between 0 and 1")));
+    }
+    check_scores(config, scores)?;
+    let groups = config.layers * config.kv_heads;
+    let budget = (beta * groups as f64).round() as usize;
+    let per_layer = config.kv_heads.saturating_sub(options.keep_at_least_per_layer);
+    let possible = config.layers * per_layer;
+    if budget > possible {
+        return Err(SurgeryError::Argument(format!(
+            "beta {beta} converts {budget} of {groups} groups, but keeping {} of {} groups in each of {} layers leaves {possible}\n\
+             hint: lower beta to {:.4} or keep fewer groups per layer",
+            options.keep_at_least_per_layer,
+            config.kv_heads,
+            config.layers,
+            possible as f64 / groups as f64,
+        )));
+    }
+
+    let mut order: Vec<(usize, usize)> =
+        (0..config.layers).flat_map(|layer| (0..config.kv_heads).map(move |group| (layer, group))).collect();
+    // Stable: ties stay in layer and group order. Adding zero makes -0 and 0 a tie.
+    order.sort_by(|a, b| (scores[b.0][b.1] + 0.0).total_cmp(&(scores[a.0][a.1] + 0.0)));
+    let mut layers: Vec<LayerPlan> = scores
+        .iter()
+        .map(|layer| LayerPlan {
+            groups: layer
+                .iter()
+                .map(|&score| GroupPlan { mixer: GroupMixer::Attention, score: Some(score) })
+                .collect(),
+        })
+        .collect();
+    let mut in_layer = vec![0; config.layers];
+    let mut left = budget;
+    for (layer, group) in order {
+        if left == 0 {
+            break;
+        }
+        if in_layer[layer] < per_layer {
+            layers[layer].groups[group].mixer = GroupMixer::Recurrent;
+            in_layer[layer] += 1;
+            left -= 1;
+        }
+    }
+    let plan = HeadPlan {
+        criterion: Some(options.criterion.clone()),
+        beta,
+        keep_at_least_per_layer: options.keep_at_least_per_layer,
+        mixer: (budget > 0).then_some(options.mixer),
+        layers,
+        ..HeadPlan::empty(config)
+    };
+    plan.validate(config)?;
+    Ok(plan)
+}
+
+fn check_scores(config: &ModelConfig, scores: &[Vec<f64>]) -> Result<()> {
+    if scores.len() != config.layers {
+        return Err(SurgeryError::Argument(format!(
+            "scores for {} layers, the model has {}",
+            scores.len(),
+            config.layers
+        )));
+    }
+    for (layer, groups) in scores.iter().enumerate() {
+        if groups.len() != config.kv_heads {
+            return Err(SurgeryError::Argument(format!(
+                "scores for {} groups in layer {layer}, the model has {}",
+                groups.len(),
+                config.kv_heads
+            )));
+        }
+        if let Some(group) = groups.iter().position(|score| !score.is_finite()) {
+            return Err(SurgeryError::Argument(format!(
+                "the score of layer {layer} group {group} is {}, expected a finite number",
+                groups[group]
+            )));
+        }
+    }
+    Ok(())
 }

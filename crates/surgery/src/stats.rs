@@ -1,13 +1,32 @@
 //! Head statistics in one streaming pass, and `heads.json`.
+//! Knows queries, keys and positions; knows nothing of text.
 
-use crate::error::Result;
+mod accumulate;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use crate::criteria::{self, Criterion, ForwardCriterion, Source};
+use crate::error::{Result, SurgeryError};
+use accumulate::HeadAccumulator;
 use kernels::Exec;
-use model::{Model, Progress, plan::PlanModel};
+use model::observe::AttnView;
+use model::plan::PlanModel;
+use model::{LayerObserver, Model, Progress, TokenBatch};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::Path;
+
+/// Statistics without a window of their own use queries from this position on (from the middle of shorter sequences on).
+pub const FIRST_QUERY: usize = 64;
+
+/// Live attention below which a head does next to nothing.
+pub const NO_OP_LIVE_MASS: f64 = 0.1;
 
 /// Means over query positions of one head (or, for a group, over its query heads).
+///
+/// A query of position `i` counts for the recency ratio of window `w` when `i ≥ w` and the window `i−w+1..=i` holds no sink. Where no
+/// query counts (the window is as long as the sequences) the ratio is 1: all of the live attention lies within it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HeadStats {
     /// Live attention within the last 16 tokens.
@@ -20,13 +39,13 @@ pub struct HeadStats {
     pub sink_mass: f64,
     /// Mean distance in tokens, sinks left out.
     pub mean_distance: f64,
-    /// Entropy in nats.
+    /// Entropy in nats, sinks included.
     pub entropy: f64,
     /// Attention on the previous token.
     pub prev_token_mass: f64,
-    /// Less than a tenth of the attention is live: the head does next to nothing.
+    /// Less than a tenth of the attention is live: the head does next to nothing and its ratios describe little.
     pub no_op: bool,
-    /// Attention mass by distance; bucket 0 is distance 0, bucket b distances `2^(b−1)..2^b`.
+    /// Live attention by distance, summing to 1; bucket 0 is distance 0, bucket b distances `2^(b−1)..2^b`.
     pub mass_by_distance: Vec<f64>,
 }
 
@@ -58,7 +77,7 @@ pub struct HeadsReport {
     pub model: PlanModel,
     /// Tokens analysed.
     pub tokens: usize,
-    /// Tokens per sequence.
+    /// Tokens per sequence (of the longest).
     pub context: usize,
     /// Sink positions left out of the live statistics.
     pub sinks: Vec<usize>,
@@ -70,19 +89,6 @@ pub struct HeadsReport {
     pub layers: Vec<LayerHeads>,
 }
 
-impl HeadsReport {
-    /// Reads and checks a `heads.json`.
-    pub fn read(path: &Path) -> Result<Self> {
-        let _ = path;
-        todo!()
-    }
-    /// Writes it atomically.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let _ = path;
-        todo!()
-    }
-}
-
 /// What [`analyze`] computes.
 #[derive(Clone, Debug)]
 pub struct AnalyzeOptions {
@@ -90,10 +96,203 @@ pub struct AnalyzeOptions {
     pub criteria: Vec<String>,
     /// Seed of `random` and of label sampling in `kl-fisher`.
     pub seed: u64,
+    /// Sink positions, left out of the live statistics.
+    pub sinks: Vec<usize>,
 }
 
-/// Statistics and scores of every head and group over `sequences` of token ids (each processed on its own).
-pub fn analyze(exec: &Exec, model: &Model, sequences: &[Vec<u32>], options: &AnalyzeOptions, progress: &mut dyn Progress) -> Result<HeadsReport> {
-    let _ = (exec, model, sequences, options, progress);
-    todo!()
+impl Default for AnalyzeOptions {
+    /// Every criterion that needs no bank, seed 0, the first token as sink.
+    fn default() -> Self {
+        let criteria = criteria::ALL.iter().filter(|c| !c.source.needs_bank()).map(|c| c.name.to_string());
+        Self { criteria: criteria.collect(), seed: 0, sinks: vec![0] }
+    }
+}
+
+/// Statistics and scores of every head and group over `sequences` of token ids (each processed on its own). Memory grows with the longest
+/// sequence, never with its square.
+///
+/// # Errors
+/// [`SurgeryError::Argument`] for a hybrid model, no sequences, a sequence shorter than two tokens, sinks
+/// in every window, a criterion that is unknown or needs a bank; [`SurgeryError::Model`] from the passes; [`SurgeryError::Interrupted`].
+pub fn analyze(
+    exec: &Exec,
+    model: &Model,
+    sequences: &[Vec<u32>],
+    options: &AnalyzeOptions,
+    progress: &mut dyn Progress,
+) -> Result<HeadsReport> {
+    let requested = requested_criteria(options)?;
+    check_sequences(model, sequences)?;
+    let config = &model.config;
+    let mut sinks = options.sinks.clone();
+    sinks.sort_unstable();
+    sinks.dedup();
+    let tokens: usize = sequences.iter().map(Vec::len).sum();
+    let context = sequences.iter().map(Vec::len).max().unwrap_or(0);
+
+    let mut forward: Vec<(&'static str, Box<dyn ForwardCriterion + '_>)> = Vec::new();
+    for criterion in &requested {
+        if let Source::Forward(start) = criterion.source {
+            forward.push((criterion.name, start(exec, model)?));
+        }
+    }
+    let mut observer = Analysis {
+        exec,
+        scale: 1.0 / (config.head_dim as f32).sqrt(),
+        group_size: config.group_size(),
+        head_dim: config.head_dim,
+        sinks: &sinks,
+        heads: vec![vec![HeadAccumulator::new(context); config.heads]; config.layers],
+        forward,
+    };
+    progress.start("analyze", tokens as u64, "tokens");
+    for sequence in sequences {
+        if progress.cancelled() {
+            return Err(SurgeryError::Interrupted);
+        }
+        model.forward_batch(exec, &one_sequence(sequence), &mut observer, None)?;
+        progress.advance(sequence.len() as u64, "");
+    }
+    progress.finish();
+    check_windows(&observer.heads[0][0], sequences)?;
+
+    let mut report = HeadsReport {
+        version: report::VERSION,
+        model: PlanModel::of(config),
+        tokens,
+        context,
+        sinks: sinks.clone(),
+        data_sha256: tokens_sha256(sequences),
+        seed: options.seed,
+        layers: observer.heads.iter().map(|heads| layer_report(heads, config.group_size())).collect(),
+    };
+    for (name, criterion) in observer.forward {
+        report.set_scores(name, &criterion.finish(tokens));
+    }
+    for criterion in requested {
+        let scores = match criterion.source {
+            Source::Stats(score) => score(&report, options.seed),
+            Source::Backward(measure) => measure(exec, model, sequences, options.seed, progress)?,
+            Source::Forward(_) | Source::Bank(_) => continue,
+        };
+        report.set_scores(criterion.name, &scores);
+    }
+    Ok(report)
+}
+
+fn requested_criteria(options: &AnalyzeOptions) -> Result<Vec<&'static Criterion>> {
+    let mut requested: Vec<&'static Criterion> = Vec::new();
+    for name in &options.criteria {
+        let criterion = criteria::find(name)?;
+        if criterion.source.needs_bank() {
+            return Err(SurgeryError::Argument(format!(
+                "criterion `{name}` needs a head bank; it is measured when the bank is trained\n\
+                 hint: leave it out here and give the bank when planning"
+            )));
+        }
+        if !requested.iter().any(|c| c.name == criterion.name) {
+            requested.push(criterion);
+        }
+    }
+    Ok(requested)
+}
+
+/// Refuses sinks so dense that a window shorter than the text has no query to count (all heads count the same queries).
+fn check_windows(head: &HeadAccumulator, sequences: &[Vec<u32>]) -> Result<()> {
+    for (window, queries) in accumulate::WINDOWS.into_iter().zip(head.ratio_queries()) {
+        if queries == 0 && sequences.iter().any(|s| s.len() > window) {
+            return Err(SurgeryError::Argument(format!(
+                "the sink positions leave no query whose last {window} tokens are free of sinks\nhint: name fewer sinks"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses hybrids and sequences without a query to look at.
+pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<()> {
+    if model.plan.converted() > 0 {
+        return Err(SurgeryError::Argument(format!(
+            "this model is a hybrid already ({} groups converted); heads are measured on the base model",
+            model.plan.converted()
+        )));
+    }
+    if sequences.is_empty() {
+        return Err(SurgeryError::Argument("no calibration text: no sequence of tokens was given".into()));
+    }
+    if let Some(short) = sequences.iter().position(|s| s.len() < 2) {
+        return Err(SurgeryError::Argument(format!(
+            "calibration sequence {short} has {} tokens, expected at least 2",
+            sequences[short].len()
+        )));
+    }
+    Ok(())
+}
+
+pub(crate) fn one_sequence(tokens: &[u32]) -> TokenBatch {
+    TokenBatch { sequences: 1, seq_len: tokens.len(), tokens: tokens.to_vec() }
+}
+
+fn tokens_sha256(sequences: &[Vec<u32>]) -> String {
+    let mut hash = Sha256::new();
+    for token in sequences.iter().flatten() {
+        hash.update(token.to_le_bytes());
+    }
+    format!("{:x}", hash.finalize())
+}
+
+struct Analysis<'a> {
+    exec: &'a Exec,
+    scale: f32,
+    group_size: usize,
+    head_dim: usize,
+    sinks: &'a [usize],
+    heads: Vec<Vec<HeadAccumulator>>,
+    forward: Vec<(&'static str, Box<dyn ForwardCriterion + 'a>)>,
+}
+
+impl LayerObserver for Analysis<'_> {
+    fn attention(&mut self, view: AttnView<'_>) {
+        let (d, group_size, scale, sinks) = (self.head_dim, self.group_size, self.scale, self.sinks);
+        let single = self.exec.single();
+        let heads: Vec<&mut HeadAccumulator> = self.heads[view.layer].iter_mut().collect();
+        self.exec.parallel_items(heads, |head, accumulator| {
+            let (q, k) = (view.q.columns(head * d, d), view.k.columns(head / group_size * d, d));
+            accumulator.add(&single, q, k, scale, sinks);
+        });
+        for (_, criterion) in &mut self.forward {
+            criterion.attention(&view);
+        }
+    }
+}
+
+fn layer_report(heads: &[HeadAccumulator], group_size: usize) -> LayerHeads {
+    let heads: Vec<HeadStats> = heads.iter().map(HeadAccumulator::stats).collect();
+    let groups = heads
+        .chunks_exact(group_size)
+        .map(|heads| GroupStats { stats: HeadStats::mean(heads), scores: BTreeMap::new() })
+        .collect();
+    LayerHeads { heads, groups }
+}
+
+impl HeadStats {
+    /// Mean over heads, each weighing the same; `no_op` follows from the mean sink mass.
+    fn mean(heads: &[HeadStats]) -> Self {
+        let mean = |f: fn(&HeadStats) -> f64| heads.iter().map(f).sum::<f64>() / heads.len() as f64;
+        let buckets = heads.iter().map(|h| h.mass_by_distance.len()).max().unwrap_or(0);
+        let sink_mass = mean(|h| h.sink_mass);
+        Self {
+            recency_ratio_16: mean(|h| h.recency_ratio_16),
+            recency_ratio_64: mean(|h| h.recency_ratio_64),
+            recency_ratio_128: mean(|h| h.recency_ratio_128),
+            sink_mass,
+            mean_distance: mean(|h| h.mean_distance),
+            entropy: mean(|h| h.entropy),
+            prev_token_mass: mean(|h| h.prev_token_mass),
+            no_op: 1.0 - sink_mass < NO_OP_LIVE_MASS,
+            mass_by_distance: (0..buckets)
+                .map(|b| heads.iter().map(|h| h.mass_by_distance[b]).sum::<f64>() / heads.len() as f64)
+                .collect(),
+        }
+    }
 }

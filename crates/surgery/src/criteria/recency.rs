@@ -1,0 +1,14 @@
+//! `recency`: the share of live attention within the last 64 tokens, the paper's criterion.
+
+use super::{Criterion, Scores, Source};
+use crate::HeadsReport;
+
+pub const CRITERION: Criterion = Criterion {
+    name: "recency",
+    about: "recency ratio of the last 64 tokens, mean over the group's heads (the paper's criterion)",
+    source: Source::Stats(scores),
+};
+
+pub fn scores(heads: &HeadsReport, _seed: u64) -> Scores {
+    heads.layers.iter().map(|layer| layer.groups.iter().map(|g| g.stats.recency_ratio_64).collect()).collect()
+}

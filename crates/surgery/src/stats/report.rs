@@ -1,0 +1,90 @@
+//! `heads.json`: reading with checks, writing whole.
+
+use super::HeadsReport;
+use crate::error::{Result, SurgeryError};
+use std::path::Path;
+use weights::files::{atomic_write, read_json};
+
+/// The format version written and accepted.
+pub(super) const VERSION: u32 = 1;
+
+impl HeadsReport {
+    /// Reads and checks a `heads.json`.
+    ///
+    /// # Errors
+    /// [`SurgeryError::Weights`] when it cannot be read, [`SurgeryError::File`] when it is malformed, of another version, or its counts do
+    /// not fit the model it names.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bad = |reason: String| SurgeryError::File { path: path.to_path_buf(), reason };
+        let json = read_json(path, "heads.json")?;
+        let version = json.get("version").and_then(serde_json::Value::as_u64);
+        if version != Some(u64::from(VERSION)) {
+            let found = version.map_or("none".to_string(), |v| v.to_string());
+            return Err(bad(format!("heads.json has version {found}, expected {VERSION}")));
+        }
+        let report: Self =
+            serde_json::from_value(json).map_err(|e| bad(format!("malformed heads.json: {e}")))?;
+        report.check().map_err(bad)?;
+        Ok(report)
+    }
+
+    /// Writes it atomically, as indented JSON.
+    ///
+    /// # Errors
+    /// [`SurgeryError::File`] when a value is not finite, [`SurgeryError::Weights`] when the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let bad = |reason: String| SurgeryError::File { path: path.to_path_buf(), reason };
+        self.check().map_err(bad)?;
+        let json = serde_json::to_vec_pretty(self).map_err(|e| bad(e.to_string()))?;
+        Ok(atomic_write(path, &json)?)
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        let model = &self.model;
+        if model.kv_heads == 0 || !model.heads.is_multiple_of(model.kv_heads) {
+            return Err(format!("{} heads do not divide into {} KV heads", model.heads, model.kv_heads));
+        }
+        if self.layers.len() != model.layers {
+            return Err(format!("{} layers listed, expected {}", self.layers.len(), model.layers));
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            let found = (layer.heads.len(), layer.groups.len());
+            if found != (model.heads, model.kv_heads) {
+                return Err(format!(
+                    "layer {index} lists {} heads and {} groups, expected {} and {}",
+                    found.0, found.1, model.heads, model.kv_heads
+                ));
+            }
+            let stats = layer.heads.iter().chain(layer.groups.iter().map(|g| &g.stats));
+            for s in stats {
+                let values = [
+                    s.recency_ratio_16,
+                    s.recency_ratio_64,
+                    s.recency_ratio_128,
+                    s.sink_mass,
+                    s.mean_distance,
+                    s.entropy,
+                    s.prev_token_mass,
+                ];
+                if values.iter().chain(&s.mass_by_distance).any(|v| !v.is_finite()) {
+                    return Err(format!("layer {index} holds a statistic that is not finite"));
+                }
+            }
+            for (group, stats) in layer.groups.iter().enumerate() {
+                if let Some((name, score)) = stats.scores.iter().find(|(_, score)| !score.is_finite()) {
+                    return Err(format!("layer {index} group {group}: score `{name}` is {score}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the scores `[layer][group]` of a criterion.
+    pub(super) fn set_scores(&mut self, name: &str, scores: &[Vec<f64>]) {
+        for (layer, scores) in self.layers.iter_mut().zip(scores) {
+            for (group, &score) in layer.groups.iter_mut().zip(scores) {
+                group.scores.insert(name.to_string(), score);
+            }
+        }
+    }
+}
