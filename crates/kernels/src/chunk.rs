@@ -59,11 +59,11 @@ impl Decay {
             to_end: [0.0; CHUNK],
             total: 0.0,
         };
-        for t in 0..CHUNK {
-            decay.high[t] = exact[t] as f32;
-            decay.low[t] = (exact[t] - f64::from(decay.high[t])) as f32;
+        for (t, &exact) in exact.iter().enumerate() {
+            decay.high[t] = exact as f32;
+            decay.low[t] = (exact - f64::from(decay.high[t])) as f32;
             decay.from_start[t] = decay_exp(s, decay.high[t]);
-            decay.to_end[t] = decay_exp(s, (sum - exact[t]) as f32);
+            decay.to_end[t] = decay_exp(s, (sum - exact) as f32);
         }
         decay.total = decay_exp(s, sum as f32);
         decay

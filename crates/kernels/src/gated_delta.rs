@@ -224,10 +224,10 @@ fn chunk_borders(
         let mut reads = vec![0.0; seq * head_dim];
         product(&mut reads, keys, no, &state, d_state, Store::Overwrite);
         let mut target = vec![0.0; seq * head_dim];
-        dispatch!(exec.isa(), |s| for t in 0..seq {
+        dispatch!(exec.isa(), |s| for (t, &beta) in beta.iter().enumerate() {
             let row = t * head_dim..(t + 1) * head_dim;
             error(s, decay.from_start[t], &v[row.clone()], &reads[row.clone()], &mut target[row.clone()]);
-            scale(beta[t], &mut target[row]);
+            scale(beta, &mut target[row]);
         });
         let mut corrections = vec![0.0; seq * head_dim];
         let inverse = MatRef::new(inverse, seq, seq, CHUNK);

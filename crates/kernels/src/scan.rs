@@ -172,29 +172,51 @@ pub fn selective_scan(
     let ScanShape { seq, d_inner, d_state } = shape;
     shape.check(inputs, y.len());
     check_len("state", state.len(), d_inner * d_state);
-    let before: &[f32] = state;
-    let tiles = exec.parallel_map(shape.tiles(), |index| {
-        let tile = Tile::new(shape, index);
-        let mut state = tile.transposed(before, d_state);
-        let mut y = vec![[0.0; LANES]; seq];
-        dispatch!(exec.isa(), |s| {
-            let rates = tile.transposed(inputs.a, d_state);
-            let skip = tile.load(inputs.d, 0, d_inner);
-            for (t, y) in y.iter_mut().enumerate() {
-                let (u, delta) = (tile.load(inputs.u, t, d_inner), tile.load(inputs.delta, t, d_inner));
-                let token = t * d_state..(t + 1) * d_state;
-                *y = advance(s, &u, &delta, &rates, (&inputs.b[token.clone()], &inputs.c[token]), &mut state);
-                for lane in 0..LANES {
-                    y[lane] = s.fma(skip[lane], u[lane], y[lane]);
+    for_each_tile(
+        exec,
+        shape,
+        &mut (state, y),
+        |(before, _), tile| {
+            let mut state = tile.transposed(before, d_state);
+            let mut y = vec![[0.0; LANES]; seq];
+            dispatch!(exec.isa(), |s| {
+                let rates = tile.transposed(inputs.a, d_state);
+                let skip = tile.load(inputs.d, 0, d_inner);
+                for (t, y) in y.iter_mut().enumerate() {
+                    let (u, delta) = (tile.load(inputs.u, t, d_inner), tile.load(inputs.delta, t, d_inner));
+                    let token = t * d_state..(t + 1) * d_state;
+                    let (b, c) = (&inputs.b[token.clone()], &inputs.c[token]);
+                    *y = advance(s, &u, &delta, &rates, (b, c), &mut state);
+                    for lane in 0..LANES {
+                        y[lane] = s.fma(skip[lane], u[lane], y[lane]);
+                    }
                 }
-            }
-        });
-        (state, y)
-    });
-    for (index, (tile_state, tile_y)) in tiles.iter().enumerate() {
-        let tile = Tile::new(shape, index);
-        tile.for_each_entry(tile_state, state, |entry, value| *entry = value);
-        tile.for_each_value(tile_y, y, d_inner, |entry, value| *entry = value);
+            });
+            (state, y)
+        },
+        |(state, y), tile, (tile_state, tile_y)| {
+            tile.for_each_entry(&tile_state, state, |entry, value| *entry = value);
+            tile.for_each_value(&tile_y, y, d_inner, |entry, value| *entry = value);
+        },
+    );
+}
+
+/// Computes `work(target, tile)` on the pool and hands the results to `merge(target, tile, result)` in order. Only as many
+/// results as there are threads exist at once, so that their memory stays warm.
+fn for_each_tile<T: Sync, R: Send>(
+    exec: &Exec,
+    shape: ScanShape,
+    target: &mut T,
+    work: impl Fn(&T, Tile) -> R + Sync,
+    mut merge: impl FnMut(&mut T, Tile, R),
+) {
+    let tiles: Vec<Tile> = (0..shape.tiles()).map(|index| Tile::new(shape, index)).collect();
+    for tiles in tiles.chunks(exec.threads()) {
+        let shared = &*target;
+        let results = exec.parallel_map(tiles.len(), |i| work(shared, tiles[i]));
+        for (tile, result) in tiles.iter().zip(results) {
+            merge(target, *tile, result);
+        }
     }
 }
 

@@ -177,8 +177,8 @@ impl Chunk<'_> {
         let mut d_reads = d_corrections;
         dispatch!(exec.isa(), |s| {
             let mut factors = [0.0; CHUNK];
-            for t in 0..seq {
-                factors[t] = -beta[t] * decay.from_start[t];
+            for ((factor, beta), decay) in factors.iter_mut().zip(beta).zip(&decay.from_start) {
+                *factor = -beta * decay;
             }
             scale_rows(&border.target, &factors, head_dim, &mut d_reads);
             crate::chunk::pass_state(s, decay.total, d_carry, &mut border.state);
@@ -247,7 +247,7 @@ impl Chunk<'_> {
             axpy(s, 1.0, &reads, dq);
             let decay = &self.solver.decay;
             let mut at_end = f64::from(decay.total * dot(s, &self.border.state, &border.state));
-            for t in 0..seq {
+            for (t, dbeta) in dbeta.iter_mut().enumerate() {
                 let queries = t * heads * d_state..(t + 1) * heads * d_state;
                 let key = t * d_state..(t + 1) * d_state;
                 let written = decay.to_end[t] * dot(s, &k[key.clone()], &writes[key.clone()]);
@@ -255,7 +255,7 @@ impl Chunk<'_> {
                 at_end += f64::from(written);
                 sums.d_sums[t] +=
                     f64::from(dot(s, &q[queries.clone()], &reads[queries])) - f64::from(written);
-                dbeta[t] += sums.d_beta[t];
+                *dbeta += sums.d_beta[t];
             }
             sums.d_sums[seq - 1] += at_end;
         });

@@ -94,17 +94,17 @@ pub fn gated_delta_backward(
                 }
             }
         }
-        for p in 0..head_dim {
-            let read: f64 = (0..d_state).map(|n| grads.state[n * head_dim + p] * k[n]).sum();
+        for (p, error) in errors.iter().enumerate() {
+            let read: f64 = k.iter().enumerate().map(|(n, k)| grads.state[n * head_dim + p] * k).sum();
             let d_error = beta * read;
-            grads.beta[t] += errors[p] * read;
+            grads.beta[t] += error * read;
             grads.v[t * head_dim + p] += d_error;
-            for n in 0..d_state {
+            for (n, k) in k.iter().enumerate() {
                 let i = n * head_dim + p;
                 let d = grads.state[i];
-                grads.k[t * d_state + n] += d * beta * errors[p] - d_error * decay * before[i];
-                grads.log_a[t] += decay * before[i] * (d - d_error * k[n]);
-                grads.state[i] = decay * (d - d_error * k[n]);
+                grads.k[t * d_state + n] += d * beta * error - d_error * decay * before[i];
+                grads.log_a[t] += decay * before[i] * (d - d_error * k);
+                grads.state[i] = decay * (d - d_error * k);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Gradient of the selective scan: keeps states at chunk starts, recomputes and walks back one chunk at a time.
 
-use super::{LANES, Lanes, ScanGrads, ScanInputs, ScanShape, Tile, advance, lane_sum};
+use super::{LANES, Lanes, ScanGrads, ScanInputs, ScanShape, Tile, advance, for_each_tile, lane_sum};
 use crate::Exec;
 use crate::chunk::check_len;
 use crate::isa::dispatch;
@@ -25,45 +25,49 @@ pub fn selective_scan_backward(
     d_initial_state: Option<&mut [f32]>,
 ) {
     let ScanShape { d_inner, d_state, .. } = shape;
-    let ScanGrads { du, ddelta, da, db, dc, dd } = grads;
     shape.check(inputs, dy.len());
-    check_len("du", du.len(), inputs.u.len());
-    check_len("ddelta", ddelta.len(), inputs.delta.len());
-    check_len("da", da.len(), inputs.a.len());
-    check_len("db", db.len(), inputs.b.len());
-    check_len("dc", dc.len(), inputs.c.len());
-    check_len("dd", dd.len(), inputs.d.len());
+    check_len("du", grads.du.len(), inputs.u.len());
+    check_len("ddelta", grads.ddelta.len(), inputs.delta.len());
+    check_len("da", grads.da.len(), inputs.a.len());
+    check_len("db", grads.db.len(), inputs.b.len());
+    check_len("dc", grads.dc.len(), inputs.c.len());
+    check_len("dd", grads.dd.len(), inputs.d.len());
     for (name, state) in [("initial_state", initial_state), ("d_final_state", d_final_state)] {
         if let Some(state) = state {
             check_len(name, state.len(), d_inner * d_state);
         }
     }
-    let tiles = exec.parallel_map(shape.tiles(), |index| {
-        let tile = Tile::new(shape, index);
-        let or_zeros = |state: Option<&[f32]>| match state {
-            Some(state) => tile.transposed(state, d_state),
-            None => vec![[0.0; LANES]; d_state],
-        };
-        let (state, d_state_out) = (or_zeros(initial_state), or_zeros(d_final_state));
-        let mut grads = TileGrads::new(shape, d_state_out);
-        dispatch!(exec.isa(), |s| backward(s, tile, shape, inputs, state, dy, &mut grads));
-        grads
-    });
-    let mut d_initial_state = d_initial_state;
-    for (index, grads) in tiles.iter().enumerate() {
-        let tile = Tile::new(shape, index);
-        let add = |entry: &mut f32, value: f32| *entry += value;
-        tile.for_each_value(&grads.du, du, d_inner, add);
-        tile.for_each_value(&grads.ddelta, ddelta, d_inner, add);
-        tile.for_each_value(&[grads.dd], dd, d_inner, add);
-        tile.for_each_entry(&grads.da, da, add);
-        if let Some(d_initial_state) = &mut d_initial_state {
-            check_len("d_initial_state", d_initial_state.len(), d_inner * d_state);
-            tile.for_each_entry(&grads.d_state, d_initial_state, add);
-        }
-        db.iter_mut().zip(&grads.db).for_each(|(db, value)| *db += value);
-        dc.iter_mut().zip(&grads.dc).for_each(|(dc, value)| *dc += value);
+    if let Some(d_initial_state) = &d_initial_state {
+        check_len("d_initial_state", d_initial_state.len(), d_inner * d_state);
     }
+    let mut targets = (grads, d_initial_state);
+    for_each_tile(
+        exec,
+        shape,
+        &mut targets,
+        |_, tile| {
+            let or_zeros = |state: Option<&[f32]>| match state {
+                Some(state) => tile.transposed(state, d_state),
+                None => vec![[0.0; LANES]; d_state],
+            };
+            let (state, d_state_out) = (or_zeros(initial_state), or_zeros(d_final_state));
+            let mut grads = TileGrads::new(shape, d_state_out);
+            dispatch!(exec.isa(), |s| backward(s, tile, shape, inputs, state, dy, &mut grads));
+            grads
+        },
+        |(grads, d_initial_state), tile, tile_grads| {
+            let add = |entry: &mut f32, value: f32| *entry += value;
+            tile.for_each_value(&tile_grads.du, grads.du, d_inner, add);
+            tile.for_each_value(&tile_grads.ddelta, grads.ddelta, d_inner, add);
+            tile.for_each_value(&[tile_grads.dd], grads.dd, d_inner, add);
+            tile.for_each_entry(&tile_grads.da, grads.da, add);
+            if let Some(d_initial_state) = d_initial_state {
+                tile.for_each_entry(&tile_grads.d_state, d_initial_state, add);
+            }
+            grads.db.iter_mut().zip(&tile_grads.db).for_each(|(db, value)| *db += value);
+            grads.dc.iter_mut().zip(&tile_grads.dc).for_each(|(dc, value)| *dc += value);
+        },
+    );
 }
 
 /// One tile's gradients, `[..][lane]`; `db` and `dc` `[seq, d_state]` are its share of the sum over channels.
