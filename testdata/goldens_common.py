@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf")
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf", "sentencepiece", "accelerate")
 
 
 def generator(seed: int) -> torch.Generator:

@@ -6,7 +6,7 @@
 """
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -41,8 +41,8 @@ def main() -> None:
         for name in MAKERS:
             print(f"-- {name}")
             importlib.import_module(name).make(ROOT)
-        if importlib.util.find_spec("goldens_gguf"):
-            importlib.import_module("goldens_gguf").make(ROOT / "crates/weights/tests/data")
+        print("-- goldens_gguf")
+        importlib.import_module("goldens_gguf").make(ROOT / "crates/weights/tests/data")
     files = golden_files()
     save_json(MANIFEST, {"versions": versions(), "files": {str(p.relative_to(ROOT)): sha256(p) for p in files}})
     for crate in sorted({p.relative_to(ROOT).parts[1] for p in files}):
