@@ -222,7 +222,11 @@ impl Product<'_> {
         for p in (0..whole).step_by(step) {
             for u in 0..U {
                 let at = p + u * S::LANES..p + (u + 1) * S::LANES;
-                let w: [S::V; N] = std::array::from_fn(|n| s.load(&b[n][at.clone()]));
+                // Loops instead of `array::from_fn`, which need not be inlined and would then lose the features.
+                let mut w = [s.splat(0.0); N];
+                for (w, b) in w.iter_mut().zip(&b) {
+                    *w = s.load(&b[at.clone()]);
+                }
                 for (acc, a) in acc.iter_mut().zip(&a) {
                     let x = s.load(&a[at.clone()]);
                     for (acc, &w) in acc.iter_mut().zip(&w) {

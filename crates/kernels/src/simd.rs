@@ -42,8 +42,9 @@ impl<const FUSED: bool> Simd for Portable<FUSED> {
     }
     #[inline(always)]
     fn load(self, x: &[f32]) -> [f32; 8] {
-        let x = &x[..8];
-        std::array::from_fn(|i| x[i])
+        let mut v = [0.0; 8];
+        v.copy_from_slice(&x[..8]);
+        v
     }
     #[inline(always)]
     fn store(self, v: [f32; 8], out: &mut [f32]) {
@@ -51,15 +52,21 @@ impl<const FUSED: bool> Simd for Portable<FUSED> {
     }
     #[inline(always)]
     fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| a[i] + b[i])
+        let mut v = a;
+        v.iter_mut().zip(b).for_each(|(v, b)| *v += b);
+        v
     }
     #[inline(always)]
     fn mul(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| a[i] * b[i])
+        let mut v = a;
+        v.iter_mut().zip(b).for_each(|(v, b)| *v *= b);
+        v
     }
     #[inline(always)]
     fn mul_add(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| self.fma(a[i], b[i], c[i]))
+        let mut v = c;
+        v.iter_mut().zip(a).zip(b).for_each(|((v, a), b)| *v = self.fma(a, b, *v));
+        v
     }
     #[inline(always)]
     fn sum(self, v: [f32; 8]) -> f32 {
@@ -200,11 +207,20 @@ fn sum_of_products<S: Simd, const N: usize>(s: S, x: [&[f32]; N]) -> f32 {
     let n = x[0].len();
     assert!(x.iter().all(|x| x.len() == n));
     let product = |at: usize, acc: S::V| -> S::V {
-        let loaded: [S::V; N] = std::array::from_fn(|i| s.load(&x[i][at..]));
+        let mut loaded = [s.splat(0.0); N];
+        for (loaded, x) in loaded.iter_mut().zip(&x) {
+            *loaded = s.load(&x[at..]);
+        }
         match N {
             1 => s.add(acc, loaded[0]),
             2 => s.mul_add(loaded[0], loaded[1], acc),
-            _ => s.mul_add(loaded[1..N - 1].iter().fold(loaded[0], |p, &y| s.mul(p, y)), loaded[N - 1], acc),
+            _ => {
+                let mut left = loaded[0];
+                for &factor in &loaded[1..N - 1] {
+                    left = s.mul(left, factor);
+                }
+                s.mul_add(left, loaded[N - 1], acc)
+            }
         }
     };
     let mut acc = [s.splat(0.0); 4];
