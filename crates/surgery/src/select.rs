@@ -35,10 +35,16 @@ pub fn select(config: &ModelConfig, scores: &[Vec<f64>], options: &SelectOptions
     if !(0.0..=1.0).contains(&beta) {
         return Err(SurgeryError::Argument(format!("beta is {beta}, expected a share between 0 and 1")));
     }
+    if options.keep_at_least_per_layer > config.kv_heads {
+        return Err(SurgeryError::Argument(format!(
+            "every layer is to keep {} groups, the model's layers have {}",
+            options.keep_at_least_per_layer, config.kv_heads
+        )));
+    }
     check_scores(config, scores)?;
     let groups = config.layers * config.kv_heads;
     let budget = (beta * groups as f64).round() as usize;
-    let per_layer = config.kv_heads.saturating_sub(options.keep_at_least_per_layer);
+    let per_layer = config.kv_heads - options.keep_at_least_per_layer;
     let possible = config.layers * per_layer;
     if budget > possible {
         return Err(SurgeryError::Argument(format!(

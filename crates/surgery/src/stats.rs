@@ -12,7 +12,7 @@ use accumulate::HeadAccumulator;
 use kernels::Exec;
 use model::observe::AttnView;
 use model::plan::PlanModel;
-use model::{LayerObserver, Model, Progress, TokenBatch};
+use model::{LayerObserver, Model, ModelConfig, Progress, TokenBatch};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -75,6 +75,8 @@ pub struct HeadsReport {
     pub version: u32,
     /// The model analysed.
     pub model: PlanModel,
+    /// Its whole configuration, so that plans and banks can be checked without the model.
+    pub config: ModelConfig,
     /// Tokens analysed.
     pub tokens: usize,
     /// Tokens per sequence (of the longest).
@@ -159,6 +161,7 @@ pub fn analyze(
     let mut report = HeadsReport {
         version: report::VERSION,
         model: PlanModel::of(config),
+        config: config.clone(),
         tokens,
         context,
         sinks: sinks.clone(),

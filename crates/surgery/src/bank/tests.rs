@@ -85,7 +85,10 @@ fn a_bank_that_does_not_fit_says_so() {
     let other = ModelConfig { layers: 3, ..config() };
     let message = |error: SurgeryError| error.to_string();
     let error = message(HeadBank::read(&path, &other).unwrap_err());
-    assert!(error.contains("2 layers") && error.contains("3 layers") && error.contains("bank.safe"), "{error}");
+    assert!(
+        error.contains("2 layers") && error.contains("3 layers") && error.contains("bank.safe"),
+        "{error}"
+    );
     // The same counts, another width: only the shapes tell.
     let wide = ModelConfig { d_model: 32, ..config() };
     let error = message(HeadBank::read(&path, &wide).unwrap_err());
@@ -107,15 +110,17 @@ fn a_bank_that_does_not_fit_says_so() {
     assert!(refused(&|b| b.info.heldout_error.truncate(1)).contains("held-out"));
     assert!(refused(&|b| b.groups[0][0].values[0][0] = f32::NAN).contains("layers.0.groups.0.q_proj"));
 
-    weights::safetensors::write_f32(&path, &[], &Metadata::new()).unwrap();
+    write_f32(&path, &[], &Metadata::new()).unwrap();
     assert!(message(HeadBank::read(&path, &config()).unwrap_err()).contains("not a head bank"));
-    for (json, word) in [("{\"version\": 9}", "version 9"), ("{", "malformed"), ("{\"version\": 1}", "malformed")] {
+    for (json, word) in
+        [("{\"version\": 9}", "version 9"), ("{", "malformed"), ("{\"version\": 1}", "malformed")]
+    {
         let metadata = Metadata::from([(INFO_KEY.to_string(), json.to_string())]);
-        weights::safetensors::write_f32(&path, &[], &metadata).unwrap();
+        write_f32(&path, &[], &metadata).unwrap();
         let error = message(HeadBank::read(&path, &config()).unwrap_err());
         assert!(error.contains(word), "{error}");
     }
     let metadata = Metadata::from([(INFO_KEY.to_string(), serde_json::to_string(&good.info).unwrap())]);
-    weights::safetensors::write_f32(&path, &[], &metadata).unwrap();
+    write_f32(&path, &[], &metadata).unwrap();
     assert!(message(HeadBank::read(&path, &config()).unwrap_err()).contains("0 tensors"));
 }

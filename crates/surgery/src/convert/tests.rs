@@ -121,10 +121,18 @@ fn the_folder_is_complete() {
     assert_eq!(config["recurformer"], json!({"version": 1}));
     config.as_object_mut().unwrap().remove("recurformer");
     assert_eq!(config, bench.base.config_json);
-    assert_eq!(HeadPlan::from_json(&String::from_utf8(read("head_plan.json")).unwrap(), &bench.base.config).unwrap(), plan);
-    assert_eq!(read("generation_config.json"), std::fs::read(bench.base.path.join("generation_config.json")).unwrap());
-    let mut names: Vec<_> =
-        std::fs::read_dir(&bench.out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(
+        HeadPlan::from_json(&String::from_utf8(read("head_plan.json")).unwrap(), &bench.base.config).unwrap(),
+        plan
+    );
+    assert_eq!(
+        read("generation_config.json"),
+        std::fs::read(bench.base.path.join("generation_config.json")).unwrap()
+    );
+    let mut names: Vec<_> = std::fs::read_dir(&bench.out)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     assert_eq!(names, ["config.json", "generation_config.json", "head_plan.json", "model.safetensors"]);
     assert_eq!(std::fs::read_dir(bench.dir.path()).unwrap().count(), 2);
@@ -138,7 +146,8 @@ fn an_empty_plan_changes_no_logit() {
     assert_eq!(logits(&Model::load(&open(&bench.out)).unwrap(), &ids), logits(&bench.model, &ids));
     // It is still a base model and may be converted.
     let out = bench.dir.path().join("again");
-    convert(&open(&bench.out), &plan(spec(RecurrentKind::None, 4)), None, None, 0, &out, &mut Silent).unwrap();
+    convert(&open(&bench.out), &plan(spec(RecurrentKind::None, 4)), None, None, 0, &out, &mut Silent)
+        .unwrap();
 }
 
 /// Hides the stored bytes, as a quantised source does.
@@ -242,9 +251,8 @@ fn notes_tell_of_another_bank() {
     let bank = init_bank(&bench.model, spec(RecurrentKind::Mamba2, 4), &heads(&bench.model), 3).unwrap();
     for (sha, notes) in [(bank.sha256(), 0), ("0".repeat(64), 1)] {
         let mut plan = plan(bank.info.spec);
-        plan.criterion = Some(
-            serde_json::from_value(json!({"name": "mixer-fisher", "bank_sha256": sha})).unwrap(),
-        );
+        plan.criterion =
+            Some(serde_json::from_value(json!({"name": "mixer-fisher", "bank_sha256": sha})).unwrap());
         let mut progress = Notes(Vec::new());
         convert(&bench.base, &plan, Some(&bank), None, 0, &bench.out, &mut progress).unwrap();
         assert_eq!(progress.0.len(), notes, "{:?}", progress.0);
@@ -273,7 +281,12 @@ fn a_trained_model_is_saved_with_its_changes_only() {
         assert_eq!(again.plan, plan);
         assert_eq!(again.params.len(), trained.params.len());
         for (_, param) in trained.params.iter() {
-            assert_eq!(again.params.data(again.params.id(&param.name).unwrap()), param.data(), "{}", param.name);
+            assert_eq!(
+                again.params.data(again.params.id(&param.name).unwrap()),
+                param.data(),
+                "{}",
+                param.name
+            );
         }
         for info in source.tensors.infos().iter().filter(|i| !changed.contains(&i.name.as_str())) {
             let (a, b) = (source.tensors.raw(&info.name), saved.tensors.raw(&info.name));
@@ -290,5 +303,7 @@ fn a_trained_model_is_saved_with_its_changes_only() {
 
     let mut other = trained.clone();
     other.config.rms_eps *= 2.0;
-    assert!(message(save_model(&hybrid, &other, &bench.dir.path().join("x"), &mut Silent)).contains("differ"));
+    assert!(
+        message(save_model(&hybrid, &other, &bench.dir.path().join("x"), &mut Silent)).contains("differ")
+    );
 }

@@ -63,7 +63,8 @@ fn what_cannot_be_met_is_an_error() {
     let scores = vec![vec![0.0; 2]; 2];
     let floor = message(select(&config(), &scores, &options(0.75, 1)));
     assert!(floor.contains("3 of 4") && floor.contains("leaves 2") && floor.contains("0.5"), "{floor}");
-    assert!(message(select(&config(), &scores, &options(0.25, 3))).contains("leaves 0"));
+    assert!(message(select(&config(), &scores, &options(0.25, 3))).contains("keep 3"));
+    assert!(message(select(&config(), &scores, &options(0.25, 2))).contains("leaves 0"));
     for beta in [-0.1, 1.1, f64::NAN] {
         assert!(message(select(&config(), &scores, &options(beta, 0))).contains("beta"));
     }
@@ -103,7 +104,7 @@ proptest! {
                     prop_assert!(kept >= keep.min(kv_heads));
                 }
             }
-            Err(_) => prop_assert!(budget > possible),
+            Err(_) => prop_assert!(budget > possible || keep > kv_heads),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::HeadsReport;
 use crate::error::{Result, SurgeryError};
+use model::plan::PlanModel;
 use std::path::Path;
 use weights::files::{atomic_write, read_json};
 
@@ -41,6 +42,9 @@ impl HeadsReport {
 
     fn check(&self) -> std::result::Result<(), String> {
         let model = &self.model;
+        if *model != PlanModel::of(&self.config) {
+            return Err(format!("`model` {model:?} and `config` {:?} disagree", PlanModel::of(&self.config)));
+        }
         if model.kv_heads == 0 || !model.heads.is_multiple_of(model.kv_heads) {
             return Err(format!("{} heads do not divide into {} KV heads", model.heads, model.kv_heads));
         }
