@@ -47,7 +47,10 @@ pub fn generate(
     }
     // Checked before anything runs, so that a long prompt fails at once.
     if cache.len() + prompt.len() > model.context_limit {
-        return Err(crate::ModelError::Context { requested: cache.len() + prompt.len(), limit: model.context_limit });
+        return Err(crate::ModelError::Context {
+            requested: cache.len() + prompt.len(),
+            limit: model.context_limit,
+        });
     }
     let mut logits = Vec::new();
     for (start, chunk) in (0..).step_by(PREFILL_CHUNK).zip(prompt.chunks(PREFILL_CHUNK)) {

@@ -15,7 +15,7 @@ pub mod sampler;
 
 pub use cache::Cache;
 pub use error::{ModelError, Result};
-pub use model::{LogitRows, Model, Tape, TokenBatch};
+pub use model::{LogitRows, Model, Tape, TokenBatch, head_tensor_name};
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};
 pub use plan::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind};

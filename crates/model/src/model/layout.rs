@@ -100,13 +100,12 @@ pub(super) fn tensor_shapes(config: &ModelConfig, plan: &HeadPlan) -> Vec<(Strin
 
 fn runs(converted: &[bool]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
-    let mut packed = 0;
-    for (group, _) in converted.iter().enumerate().filter(|(_, c)| !**c) {
+    let kept = converted.iter().enumerate().filter(|(_, converted)| !**converted);
+    for (packed, (group, _)) in kept.enumerate() {
         match runs.last_mut() {
             Some(run) if run.group + run.groups == group => run.groups += 1,
             _ => runs.push(Run { group, groups: 1, packed }),
         }
-        packed += 1;
     }
     runs
 }

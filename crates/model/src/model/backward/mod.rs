@@ -1,15 +1,15 @@
 //! The backward pass: gradients of everything trainable, as far down as somebody needs them.
 
+mod heads;
+
 use super::Model;
 use super::batch::{LayerTape, Tape, TokenBatch, rows_of};
 use super::layout::Run;
 use super::parts::{Block, pack};
-use crate::mixers::{self, BaseGroupGrads, HeadTensors};
 use crate::observe::GradObserver;
 use crate::params::{Grads, ParamId};
-use crate::plan::RecurrentKind;
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
-use kernels::elementwise::{add_column_sums, axpy, rms_norm_backward, swiglu, swiglu_backward};
+use kernels::elementwise::{add_column_sums, rms_norm_backward, swiglu, swiglu_backward};
 use kernels::rope::Rotation;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
 
@@ -18,13 +18,6 @@ struct Pass<'a> {
     exec: &'a Exec,
     batch: &'a TokenBatch,
     tape: &'a Tape,
-}
-
-/// Gradients of one (group, sequence) of a converted group.
-struct HeadJob {
-    tensors: Option<HeadTensors>,
-    base: BaseGroupGrads,
-    dx: Option<Vec<f32>>,
 }
 
 /// Buffers reused from layer to layer.
@@ -344,150 +337,5 @@ impl Model {
                 add(&sums[packed..packed + n], &mut target[first..first + n]);
             }
         }
-    }
-
-    /// Converted groups: every (group, sequence) on its own thread, as many at a time as there are threads; summed in order, so that
-    /// the result does not depend on their timing.
-    fn converted_backward(
-        &self,
-        pass: &Pass<'_>,
-        layer: usize,
-        x: &[f32],
-        dout: &[f32],
-        grads: &mut Grads,
-        mut dx: Option<&mut Vec<f32>>,
-    ) {
-        let Pass { exec, batch, tape } = *pass;
-        let (sequences, seq, d_model) = (batch.sequences, batch.seq_len, self.config.d_model);
-        let ids = &self.layout.layers[layer];
-        let saved = &tape.layers[layer].saved;
-        assert_eq!(saved.len(), ids.converted.len() * sequences, "the tape was filled under another plan");
-        let need_dx = dx.is_some();
-        // Groups of which nobody needs anything are left out.
-        let base_wanted = self.base_grads(layer, grads).any_wanted();
-        let groups: Vec<usize> = (0..ids.converted.len())
-            .filter(|&i| {
-                let group = ids.converted[i];
-                need_dx || base_wanted || ids.heads[group].iter().any(|&id| grads.get(id).is_some())
-            })
-            .collect();
-        let jobs = groups.len() * sequences;
-        let inner = if jobs == 1 { exec.clone() } else { exec.single() };
-        let wave = exec.threads().max(1);
-        for start in (0..jobs).step_by(wave) {
-            let done = exec.parallel_map(wave.min(jobs - start), |i| {
-                let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
-                let saved = &saved[index * sequences + s];
-                self.head_backward(
-                    &inner,
-                    layer,
-                    ids.converted[index],
-                    rows_of(x, s, seq, d_model),
-                    saved,
-                    (dout, s, seq),
-                    grads,
-                    need_dx,
-                )
-            });
-            for (i, job) in done.into_iter().enumerate() {
-                let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
-                if let (Some(dx), Some(from)) = (dx.as_deref_mut(), &job.dx) {
-                    axpy(exec, 1.0, from, &mut dx[s * seq * d_model..(s + 1) * seq * d_model]);
-                }
-                self.add_head_grads(layer, ids.converted[index], &job, grads);
-            }
-        }
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "private; one job of converted_backward")]
-    fn head_backward(
-        &self,
-        exec: &Exec,
-        layer: usize,
-        group: usize,
-        x: MatRef<'_>,
-        saved: &mixers::HeadSaved,
-        (dout, s, seq): (&[f32], usize, usize),
-        grads: &Grads,
-        need_dx: bool,
-    ) -> HeadJob {
-        let env = self.head_env(layer, group).expect("a converted group has a layout");
-        let per_group = self.config.group_size() * self.config.head_dim;
-        let width = self.config.heads * self.config.head_dim;
-        let trained = self.head_param_ids(layer, group).iter().any(|&id| grads.get(id).is_some());
-        let mut job = HeadJob {
-            tensors: trained.then(|| env.layout.zeros()),
-            base: self.base_grads(layer, grads),
-            dx: need_dx.then(|| vec![0.0; seq * self.config.d_model]),
-        };
-        let dout = rows_of(dout, s, seq, width).columns(group * per_group, per_group);
-        let base = job.base.any_wanted().then_some(&mut job.base);
-        let dx = job.dx.as_mut().map(|dx| MatMut::dense(dx, seq, self.config.d_model));
-        mixers::backward(exec, &env, x, saved, dout, job.tensors.as_mut(), dx, base);
-        job
-    }
-
-    /// Zeroed gradients of those base tensors that are trainable and that a converted group of this plan reads.
-    fn base_grads(&self, layer: usize, grads: &Grads) -> BaseGroupGrads {
-        let Some(head) = self.layout.head.filter(|head| head.spec.window > 0) else {
-            return BaseGroupGrads::default();
-        };
-        let ids = &self.layout.layers[layer];
-        let (d_model, d) = (self.config.d_model, self.config.head_dim);
-        let q_rows = self.config.group_size() * d;
-        let wanted =
-            |id: Option<ParamId>, len| id.filter(|&id| grads.get(id).is_some()).map(|_| vec![0.0; len]);
-        // The local part of mamba2 and gated-delta reads the head's own projections, but the base's norms.
-        let projections = matches!(head.spec.recurrent, RecurrentKind::None | RecurrentKind::Mamba);
-        let projection = |id: Option<ParamId>, len| wanted(id.filter(|_| projections), len);
-        BaseGroupGrads {
-            q_proj: projection(Some(ids.q), q_rows * d_model),
-            k_proj: projection(Some(ids.k), d * d_model),
-            v_proj: projection(Some(ids.v), d * d_model),
-            q_bias: projection(ids.q_bias, q_rows),
-            k_bias: projection(ids.k_bias, d),
-            v_bias: projection(ids.v_bias, d),
-            q_norm: wanted(ids.q_norm, d),
-            k_norm: wanted(ids.k_norm, d),
-        }
-    }
-
-    /// Adds one job's gradients of the head's own and the base's tensors.
-    fn add_head_grads(&self, layer: usize, group: usize, job: &HeadJob, grads: &mut Grads) {
-        let ids = &self.layout.layers[layer];
-        if let Some(HeadTensors { values }) = &job.tensors {
-            for (&id, from) in ids.heads[group].iter().zip(values) {
-                if let Some(to) = grads.get_mut(id) {
-                    add(from, to);
-                }
-            }
-        }
-        let base = &job.base;
-        let blocks = [
-            (Some(ids.q), &base.q_proj),
-            (Some(ids.k), &base.k_proj),
-            (Some(ids.v), &base.v_proj),
-            (ids.q_bias, &base.q_bias),
-            (ids.k_bias, &base.k_bias),
-            (ids.v_bias, &base.v_bias),
-        ];
-        for (id, from) in blocks {
-            if let (Some(to), Some(from)) = (id.and_then(|id| grads.get_mut(id)), from) {
-                add(from, &mut to[group * from.len()..(group + 1) * from.len()]);
-            }
-        }
-        for (id, from) in [(ids.q_norm, &base.q_norm), (ids.k_norm, &base.k_norm)] {
-            if let (Some(to), Some(from)) = (id.and_then(|id| grads.get_mut(id)), from) {
-                add(from, to);
-            }
-        }
-    }
-}
-
-impl BaseGroupGrads {
-    /// Whether any member is wanted.
-    fn any_wanted(&self) -> bool {
-        let Self { q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm } = self;
-        [q_proj, k_proj, v_proj, q_bias, k_bias, v_bias, q_norm, k_norm].iter().any(|g| g.is_some())
     }
 }

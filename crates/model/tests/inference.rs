@@ -1,0 +1,223 @@
+//! The cached forward pass: every way of feeding a sequence gives the same logits, and the cache keeps its promises.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+mod common;
+
+use common::{Share, VOCAB, all_models, base, configs, exec, hybrid, plan, relative_error, specs, tokens};
+use recurformer_model::{Cache, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch};
+
+/// Largest difference between orders of summation as a share of the logits' root mean square: f32 rounding (6e-8) through a few layers
+/// and some dozens of recurrent steps stays two orders below.
+const ORDER_TOLERANCE: f64 = 5e-5;
+
+const TOKENS: usize = 67;
+
+fn full(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    model.forward(&exec(), tokens, &mut model.new_cache(), LogitRows::All).unwrap()
+}
+
+fn chunked(model: &Model, tokens: &[u32], chunks: &[usize]) -> (Vec<f32>, Cache) {
+    let (exec, mut cache, mut logits, mut rest) = (exec(), model.new_cache(), Vec::new(), tokens);
+    for &n in chunks.iter().cycle() {
+        let (chunk, tail) = rest.split_at(n.min(rest.len()));
+        logits.extend(model.forward(&exec, chunk, &mut cache, LogitRows::All).unwrap());
+        rest = tail;
+        if rest.is_empty() {
+            return (logits, cache);
+        }
+    }
+    unreachable!("the loop ends with the tokens")
+}
+
+#[test]
+fn full_is_chunked_is_token_by_token_is_batched() {
+    for config in configs() {
+        for (name, model) in all_models(&config) {
+            let tokens = tokens(TOKENS, 5);
+            let expected = full(&model, &tokens);
+            for chunks in [&[1][..], &[7, 1, 13], &[64], &[2, 3, 0, 31]] {
+                let (found, cache) = chunked(&model, &tokens, chunks);
+                let error = relative_error(&found, &expected);
+                assert!(error < ORDER_TOLERANCE, "{name}, chunks {chunks:?}: {error:e}");
+                assert_eq!(cache.len(), TOKENS);
+                assert_eq!(cache.bytes(), model.cache_bytes(TOKENS), "{name}");
+            }
+            let batch = TokenBatch { sequences: 1, seq_len: TOKENS, tokens };
+            let exec = exec();
+            let hidden = model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap();
+            let error = relative_error(&model.logits(&exec, &hidden), &expected);
+            assert!(error < ORDER_TOLERANCE, "{name}, batched: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_is_its_sequences() {
+    for config in configs() {
+        for (name, model) in all_models(&config) {
+            let exec = exec();
+            let tokens = tokens(3 * 19, 8);
+            let batch = TokenBatch { sequences: 3, seq_len: 19, tokens: tokens.clone() };
+            let hidden = model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap();
+            let logits = model.logits(&exec, &hidden);
+            for (s, tokens) in tokens.chunks(19).enumerate() {
+                let found = &logits[s * 19 * VOCAB..(s + 1) * 19 * VOCAB];
+                let error = relative_error(found, &full(&model, tokens));
+                assert!(error < ORDER_TOLERANCE, "{name}, sequence {s}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn logit_rows() {
+    for config in configs() {
+        let model = base(&config, 1);
+        let (exec, tokens) = (exec(), tokens(9, 3));
+        let all = full(&model, &tokens);
+        assert_eq!(all.len(), 9 * VOCAB);
+        let last = model.forward(&exec, &tokens, &mut model.new_cache(), LogitRows::Last).unwrap();
+        assert!(relative_error(&last, &all[8 * VOCAB..]) < ORDER_TOLERANCE);
+        let mut cache = model.new_cache();
+        assert!(model.forward(&exec, &tokens, &mut cache, LogitRows::None).unwrap().is_empty());
+        assert_eq!(cache.len(), 9);
+        for rows in [LogitRows::All, LogitRows::Last, LogitRows::None] {
+            assert!(model.forward(&exec, &[], &mut cache, rows).unwrap().is_empty());
+        }
+        assert_eq!(cache.len(), 9);
+    }
+}
+
+#[test]
+fn an_empty_plan_is_the_base_bit_for_bit() {
+    for config in configs() {
+        let base = base(&config, 1);
+        let spec = specs(config.head_dim)[1];
+        let hybrid = hybrid(&base, plan(&config, spec, Share::All), 2);
+        let empty = recurformer_model::HeadPlan::empty(&config);
+        let back = hybrid.with_plan(empty, &mut |_, _| unreachable!("nothing is converted")).unwrap();
+        assert_eq!(back.params.len(), base.params.len());
+        for (id, param) in base.params.iter() {
+            let same = back.params.get(back.params.id(&param.name).unwrap());
+            assert!(same.shares_with(base.params.get(id)), "{} was copied", param.name);
+        }
+        let tokens = tokens(TOKENS, 4);
+        let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(full(&back, &tokens)), bits(full(&base, &tokens)));
+    }
+}
+
+#[test]
+fn a_window_over_everything_is_attention() {
+    for config in configs() {
+        let base = base(&config, 1);
+        let mut spec = specs(config.head_dim)[0];
+        assert_eq!(spec.recurrent, RecurrentKind::None);
+        (spec.window, spec.sinks) = (TOKENS, 0);
+        for share in [Share::Some, Share::All] {
+            let windowed = hybrid(&base, plan(&config, spec, share), 2);
+            let tokens = tokens(TOKENS, 6);
+            let error = relative_error(&full(&windowed, &tokens), &full(&base, &tokens));
+            assert!(error < ORDER_TOLERANCE, "{error:e}");
+        }
+    }
+}
+
+#[test]
+fn forks_are_independent_and_snapshots_restore() {
+    let config = &configs()[2];
+    for (name, model) in all_models(config) {
+        let (exec, prompt) = (exec(), tokens(21, 7));
+        let mut cache = model.new_cache();
+        model.forward(&exec, &prompt, &mut cache, LogitRows::None).unwrap();
+        let snapshot = cache.clone();
+        let expected = model.forward(&exec, &[1, 2, 3], &mut cache, LogitRows::All).unwrap();
+        let mut fork = snapshot.clone();
+        model.forward(&exec, &[9, 9], &mut fork, LogitRows::All).unwrap();
+        cache.restore(&snapshot);
+        assert_eq!(cache.len(), 21);
+        let again = model.forward(&exec, &[1, 2, 3], &mut cache, LogitRows::All).unwrap();
+        assert_eq!(again, expected, "{name}");
+        assert_eq!((cache.len(), fork.len(), snapshot.len()), (24, 23, 21));
+    }
+}
+
+#[test]
+fn truncation() {
+    let config = &configs()[0];
+    let (exec, prompt) = (exec(), tokens(21, 7));
+    for (name, model) in all_models(config) {
+        let mut cache = model.new_cache();
+        assert!(cache.is_empty());
+        let first = model.forward(&exec, &prompt[..8], &mut cache, LogitRows::All).unwrap();
+        let short = cache.clone();
+        model.forward(&exec, &prompt[8..], &mut cache, LogitRows::None).unwrap();
+        let bytes = cache.bytes();
+        cache.truncate(21).unwrap();
+        assert!(matches!(cache.truncate(22), Err(ModelError::Cache(_))));
+        let result = cache.truncate(8);
+        if model.plan.converted() == 0 {
+            result.unwrap();
+            assert_eq!(cache.bytes(), short.bytes());
+            let [found, expected] = [cache.clone(), short]
+                .map(|mut c| model.forward(&exec, &prompt, &mut c, LogitRows::All).unwrap());
+            assert_eq!(found, expected);
+        } else {
+            let message = result.expect_err(&name).to_string();
+            assert!(message.contains("hint"), "{message}");
+            assert_eq!((cache.len(), cache.bytes()), (21, bytes), "{name}: changed by an error");
+        }
+        cache.truncate(0).unwrap();
+        assert_eq!((cache.len(), cache.bytes()), (0, model.cache_bytes(0)));
+        assert_eq!(model.forward(&exec, &prompt[..8], &mut cache, LogitRows::All).unwrap(), first, "{name}");
+    }
+}
+
+#[test]
+fn cache_grows_with_kept_groups_only() {
+    let config = &configs()[1];
+    let base = base(config, 1);
+    let per_token = config.kv_bytes_per_token(4);
+    assert_eq!(base.cache_bytes(100), 100 * per_token);
+    for spec in specs(config.head_dim) {
+        let some = hybrid(&base, plan(config, spec, Share::Some), 2);
+        let kept = some.plan.total() - some.plan.converted();
+        let grown = some.cache_bytes(101) - some.cache_bytes(100);
+        assert_eq!(grown * some.plan.total(), per_token * kept, "{spec:?}");
+        let all = hybrid(&base, plan(config, spec, Share::All), 2);
+        assert_eq!(all.cache_bytes(100_000), all.cache_bytes(0), "{spec:?}");
+        assert!(all.cache_bytes(0) > 0);
+    }
+}
+
+#[test]
+fn bad_input_changes_nothing() {
+    let config = &configs()[0];
+    let exec = exec();
+    let spec = specs(config.head_dim)[1];
+    let base = base(config, 1);
+    let mut model = hybrid(&base, plan(config, spec, Share::Some), 2);
+    let mut cache = model.new_cache();
+    model.forward(&exec, &tokens(190, 1), &mut cache, LogitRows::None).unwrap();
+    let before = cache.bytes();
+
+    let error = model.forward(&exec, &[1, VOCAB as u32], &mut cache, LogitRows::All).unwrap_err();
+    assert!(matches!(error, ModelError::Token { token: 37, position: 191, vocab: 37 }), "{error}");
+    let error = model.forward(&exec, &[1; 11], &mut cache, LogitRows::All).unwrap_err();
+    assert!(matches!(error, ModelError::Context { requested: 201, limit: 200 }), "{error}");
+    let mut foreign = base.new_cache();
+    let error = model.forward(&exec, &[1], &mut foreign, LogitRows::All).unwrap_err();
+    assert!(matches!(error, ModelError::Cache(_)), "{error}");
+    assert_eq!((cache.len(), cache.bytes(), foreign.len()), (190, before, 0));
+
+    model.forward(&exec, &[1; 10], &mut cache, LogitRows::None).unwrap();
+    model.context_limit = 300;
+    model.forward(&exec, &[1; 11], &mut cache, LogitRows::None).unwrap();
+    assert_eq!(cache.len(), 211);
+
+    let batch = |seq_len: usize, token| TokenBatch { sequences: 1, seq_len, tokens: vec![token; seq_len] };
+    let run = |batch| model.forward_batch(&exec, &batch, &mut NoObserver, None);
+    assert!(matches!(run(batch(301, 0)), Err(ModelError::Context { requested: 301, limit: 300 })));
+    assert!(matches!(run(batch(2, 99)), Err(ModelError::Token { token: 99, position: 0, .. })));
+    assert!(run(batch(0, 0)).unwrap().is_empty());
+}

@@ -1,0 +1,169 @@
+//! Checkpoints on disk: what is saved comes back and goes on as before; what does not fit is refused by name.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+mod common;
+
+use common::{Share, base, configs, exec, hybrid, plan, specs, tokens};
+use recurformer_model::{LogitRows, Model, ModelConfig, ModelError, RecurrentKind};
+use serde_json::json;
+use std::path::Path;
+use weights::Checkpoint;
+
+type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
+
+fn tensors_of(model: &Model) -> Tensors {
+    model.params.iter().map(|(_, p)| (p.name.clone(), p.shape.clone(), p.data().to_vec())).collect()
+}
+
+fn save(dir: &Path, config: &ModelConfig, tensors: &Tensors, plan: Option<&str>) {
+    let json = json!({
+        "model_type": config.family.model_type(),
+        "architectures": [config.family.architecture()],
+        "vocab_size": config.vocab,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_context,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    });
+    std::fs::write(dir.join("config.json"), json.to_string()).unwrap();
+    if let Some(plan) = plan {
+        std::fs::write(dir.join("head_plan.json"), plan).unwrap();
+    }
+    let views: Vec<_> = tensors.iter().map(|(n, s, v)| (n.as_str(), s.as_slice(), v.as_slice())).collect();
+    weights::safetensors::write_f32(&dir.join("model.safetensors"), &views, &Default::default()).unwrap();
+}
+
+fn load(dir: &Path) -> Result<Model, ModelError> {
+    Model::load(&Checkpoint::open(dir)?)
+}
+
+#[test]
+fn save_load_continue() {
+    for config in &configs()[..2] {
+        let base = base(config, 1);
+        let mut models: Vec<Model> = specs(config.head_dim)
+            .into_iter()
+            .map(|s| hybrid(&base, plan(config, s, Share::Some), 2))
+            .collect();
+        models.push(base);
+        for model in models {
+            let dir = tempfile::tempdir().unwrap();
+            let converted = model.plan.converted() > 0;
+            save(dir.path(), config, &tensors_of(&model), converted.then(|| model.plan.to_json()).as_deref());
+            let loaded = load(dir.path()).unwrap();
+            let (bos_token_id, eos_token_ids) =
+                (loaded.config.bos_token_id, loaded.config.eos_token_ids.clone());
+            assert_eq!(loaded.config, ModelConfig { bos_token_id, eos_token_ids, ..config.clone() });
+            assert_eq!(loaded.plan, model.plan);
+            let (exec, tokens) = (exec(), tokens(30, 3));
+            let mut cache = model.new_cache();
+            model.forward(&exec, &tokens[..17], &mut cache, LogitRows::None).unwrap();
+            let mut same = cache.clone();
+            let [expected, found] = [(&model, &mut cache), (&loaded, &mut same)]
+                .map(|(model, cache)| model.forward(&exec, &tokens[17..], cache, LogitRows::All).unwrap());
+            assert_eq!(found, expected, "a loaded model continues a cache bit for bit");
+            if converted {
+                let layer = 0;
+                assert_eq!(loaded.head_tensors(layer, 1), model.head_tensors(layer, 1));
+                assert_eq!(loaded.head_tensors(layer, 0), None);
+            }
+        }
+    }
+}
+
+/// Replaced by NaN in the file.
+const BECOMES_NAN: f32 = 1234.5678;
+
+fn refused(change: impl FnOnce(&mut Tensors, &mut String)) -> ModelError {
+    let config = &configs()[0];
+    let spec = specs(config.head_dim)[1];
+    assert_eq!(spec.recurrent, RecurrentKind::Mamba2);
+    let model = hybrid(&base(config, 1), plan(config, spec, Share::Some), 2);
+    let (mut tensors, mut plan) = (tensors_of(&model), model.plan.to_json());
+    change(&mut tensors, &mut plan);
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), config, &tensors, Some(&plan));
+    // The writer refuses NaN, so a hostile file is made by hand.
+    let file = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    for value in bytes.chunks_exact_mut(4).filter(|b| **b == BECOMES_NAN.to_le_bytes()) {
+        value.copy_from_slice(&f32::NAN.to_le_bytes());
+    }
+    std::fs::write(&file, bytes).unwrap();
+    load(dir.path()).err().expect("should be refused")
+}
+
+#[test]
+fn misfits_are_named() {
+    let head = "model.layers.0.self_attn.recurrent.1.d_skip";
+    let error = refused(|t, _| t.retain(|(n, ..)| n != head));
+    assert!(
+        matches!(&error, ModelError::Param { name, found, .. } if name == head && found == "nothing"),
+        "{error}"
+    );
+
+    let error = refused(|t, _| {
+        let norm = t.iter_mut().find(|(n, ..)| n == "model.norm.weight").unwrap();
+        (norm.1, norm.2) = (vec![2], vec![1.0; 2]);
+    });
+    let text = error.to_string();
+    assert!(text.contains("model.norm.weight") && text.contains("[24]") && text.contains("[2]"), "{text}");
+
+    // The plan keeps this group, so its tensors would be left out.
+    let extra = "model.layers.2.self_attn.recurrent.0.d_skip";
+    let error = refused(|t, _| t.push((extra.into(), vec![2], vec![0.0; 2])));
+    assert!(matches!(&error, ModelError::Unexpected { name } if name == extra), "{error}");
+
+    let error = refused(|_, plan| *plan = plan.replace("\"layers\": 3", "\"layers\": 30"));
+    assert!(matches!(&error, ModelError::Plan(text) if text.contains("30")), "{error}");
+
+    let error = refused(|t, _| t.iter_mut().find(|(n, ..)| n == head).unwrap().2[1] = BECOMES_NAN);
+    assert!(error.to_string().contains(head), "{error}");
+}
+
+#[test]
+fn old_rotary_buffers_are_ignored() {
+    let config = &configs()[0];
+    let mut tensors = tensors_of(&base(config, 1));
+    tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".into(), vec![3], vec![1.0; 3]));
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), config, &tensors, None);
+    assert_eq!(load(dir.path()).unwrap().plan.converted(), 0);
+}
+
+#[test]
+fn heads_that_do_not_fit_are_refused() {
+    let config = &configs()[0];
+    let base = base(config, 1);
+    let plan = plan(config, specs(config.head_dim)[1], Share::All);
+    let model = hybrid(&base, plan.clone(), 2);
+    let attempt = |change: &dyn Fn(&mut Vec<Vec<f32>>)| {
+        let result = base.with_plan(plan.clone(), &mut |l, g| {
+            let mut tensors = model.head_tensors(l, g).unwrap();
+            if (l, g) == (2, 1) {
+                change(&mut tensors.values);
+            }
+            Ok(tensors)
+        });
+        result.err().map(|e| e.to_string())
+    };
+    assert_eq!(attempt(&|_| ()), None);
+    let prefix = "model.layers.2.self_attn.recurrent.1.";
+    for (change, word) in [
+        (&(|v: &mut Vec<Vec<f32>>| v[0].truncate(5)) as &dyn Fn(&mut Vec<Vec<f32>>), "5 values"),
+        (&|v| v.truncate(3), "nothing"),
+        (&|v| v[1][2] = f32::INFINITY, "non-finite value at index 2"),
+    ] {
+        let text = attempt(change).expect(word);
+        assert!(text.contains(prefix) && text.contains(word), "{text}");
+    }
+    assert!(attempt(&|v| v.push(vec![])).unwrap().contains("layer 2 group 1"));
+}
