@@ -20,6 +20,6 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     println!("available     {}", available.join(", "));
     println!("in use        {} with {} threads", exec.isa().name(), exec.threads());
     println!("f32 GEMM      {:.0} GFLOP/s", measure::gemm_gflops(&exec));
-    println!("memory read   {:.1} GB/s", measure::read_gb_s(&exec));
+    println!("memory read   {:.1} GB/s", measure::read_gigabytes_per_second(&exec));
     Ok(())
 }

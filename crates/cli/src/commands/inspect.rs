@@ -44,7 +44,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         let dtypes: Vec<_> = by_dtype.iter().map(|(d, (n, b))| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
         return print_json(&json!({
             "path": checkpoint.path, "config": config, "parameters": parameters, "dtypes": dtypes,
-            "kv_bytes_per_token": cache.bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
+            "kv_bytes_per_token": cache.hybrid_bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
             "plan": (plan.converted() > 0).then_some(&plan),
         }));
     }
@@ -57,7 +57,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     for (dtype, (tensors, size)) in &by_dtype {
         println!("    {dtype:<6} {tensors:>5} tensors {:>12}", bytes(*size));
     }
-    println!("  cache         {} per token (base {}), constant {}", bytes(cache.bytes_per_token), bytes(cache.base_bytes_per_token), bytes(cache.constant_bytes));
+    println!("  cache         {} per token (base {}), constant {}", bytes(cache.hybrid_bytes_per_token), bytes(cache.base_bytes_per_token), bytes(cache.constant_bytes));
     if plan.converted() > 0 {
         println!("  hybrid        {} of {} KV groups converted", plan.converted(), plan.total());
         if let Some(mixer) = &plan.mixer {

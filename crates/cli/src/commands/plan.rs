@@ -91,15 +91,17 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
         return print_json(&summary);
     }
     println!("{} of {} KV groups converted by {criterion}; mixer {:?}, window {}, sinks {}", summary.converted, summary.total, mixer.recurrent, mixer.window, mixer.sinks);
-    println!("cache          {} per token (base {}), constant {}", bytes(summary.bytes_per_token), bytes(summary.base_bytes_per_token), bytes(summary.constant_bytes));
-    for at in &summary.at {
-        let share = 100.0 * at.bytes as f64 / at.base_bytes as f64;
-        println!("  {:>6} tokens {:>11} of {:>11}  {share:.1} %", at.context, bytes(at.bytes), bytes(at.base_bytes));
+    println!("cache          {} per token (base {}), constant {}", bytes(summary.hybrid_bytes_per_token), bytes(summary.base_bytes_per_token), bytes(summary.constant_bytes));
+    for at in &summary.contexts {
+        let share = 100.0 * at.hybrid_bytes as f64 / at.base_bytes as f64;
+        println!("  {:>6} tokens {:>11} of {:>11}  {share:.1} %", at.tokens, bytes(at.hybrid_bytes), bytes(at.base_bytes));
+    }
+    if let Some(tokens) = summary.smaller_from_tokens {
+        println!("  smaller than the base's from {tokens} tokens on");
     }
     println!("kept attention groups per layer:");
-    for (layer, kept) in summary.kept_per_layer.iter().enumerate() {
-        let of = plan.layers[layer].groups.len();
-        println!("  {layer:>3} {kept}/{of} {}", "█".repeat(*kept));
+    for (layer, kept) in summary.kept_groups.iter().enumerate() {
+        println!("  {layer:>3} {}/{} {kept:?}", kept.len(), plan.layers[layer].groups.len());
     }
     println!("wrote {}", args.out.display());
     Ok(())
