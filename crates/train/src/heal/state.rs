@@ -1,0 +1,152 @@
+//! The state of a healing run on disk: trained values, moments and where the run stands.
+
+use super::trainer::Trainer;
+use super::{HealOptions, Stage};
+use crate::data::SequenceStream;
+use crate::error::Result;
+use crate::optim::Moments;
+use crate::state::{StateTensor, check_same_settings, load_state, save_state};
+use model::{Model, Progress};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+const VERSION: u32 = 1;
+const FILE: &str = "state.safetensors";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct HealState {
+    version: u32,
+    stage: String,
+    step: u64,
+    position: u64,
+    settings: serde_json::Value,
+    lr: String,
+}
+
+fn stage_name(stage: Stage) -> String {
+    match stage {
+        Stage::Distill { kl, ce } => format!("distill, KL {kl}, CE {ce}"),
+        Stage::Continue => "continue".into(),
+    }
+}
+
+/// What may not change between an interrupted run and its continuation. Numbers are written as text, which is exact.
+pub(super) fn settings(hybrid: &Model, data: &SequenceStream, options: &HealOptions) -> serde_json::Value {
+    serde_json::json!({
+        "stage": stage_name(options.stage),
+        "trainable": format!("{:?}", options.trainable),
+        "tokens": options.tokens,
+        "batch": options.batch,
+        "accumulate": options.accumulate,
+        "projection lr scale": options.projection_lr_scale.to_string(),
+        "base lr scale": options.base_lr_scale.to_string(),
+        "betas": format!("{:?}", options.betas),
+        "weight decay": options.weight_decay.to_string(),
+        "warm-up": options.warmup,
+        "final lr": options.final_lr.to_string(),
+        "clip": options.clip.to_string(),
+        "seed": options.seed,
+        "data": data.fingerprint(),
+        "hybrid": digest(hybrid),
+    })
+}
+
+/// Digest of the plan and of the new heads' starting values.
+fn digest(hybrid: &Model) -> String {
+    let mut digest = Sha256::new();
+    digest.update(hybrid.plan.to_json());
+    for layer in 0..hybrid.config.layers {
+        for group in 0..hybrid.config.kv_heads {
+            for &id in hybrid.head_param_ids(layer, group) {
+                hybrid.params.data(id).iter().for_each(|v| digest.update(v.to_le_bytes()));
+            }
+        }
+    }
+    digest.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Takes up an interrupted run when the options say so and there is one.
+pub(super) fn restore(
+    trainer: &mut Trainer<'_>,
+    hybrid: &mut Model,
+    data: &mut SequenceStream,
+    options: &HealOptions,
+    settings: &serde_json::Value,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    if !options.resume {
+        return Ok(());
+    }
+    let path = options.state_dir.join(FILE);
+    let Some(state) = load_state::<HealState>(&path)? else {
+        progress.note(&format!("{} does not exist: starting at the beginning", path.display()));
+        return Ok(());
+    };
+    check_same_settings(&path, &state.info.settings, settings)?;
+    if state.info.lr != options.lr.to_string() {
+        progress.note(&format!("learning rate changed from {} to {}", state.info.lr, options.lr));
+    }
+    for full in &mut trainer.full {
+        let name = hybrid.params.get(full.id).name.clone();
+        state.copy_into(&format!("param.{name}"), hybrid.params.data_mut(full.id))?;
+        state.copy_into(&format!("m.{name}"), &mut full.moments.m)?;
+        state.copy_into(&format!("v.{name}"), &mut full.moments.v)?;
+    }
+    for low_rank in &mut trainer.low_rank {
+        let name = &hybrid.params.get(low_rank.id).name;
+        let factors = &mut low_rank.factors;
+        for (part, values, moments) in
+            [("a", &mut factors.a, &mut low_rank.moments_a), ("b", &mut factors.b, &mut low_rank.moments_b)]
+        {
+            state.copy_into(&format!("lora.{part}.{name}"), values)?;
+            state.copy_into(&format!("m.lora.{part}.{name}"), &mut moments.m)?;
+            state.copy_into(&format!("v.lora.{part}.{name}"), &mut moments.v)?;
+        }
+    }
+    trainer.resume_at(hybrid, state.info.step);
+    data.skip_to(state.info.position);
+    Ok(())
+}
+
+/// Writes the state atomically; `position` is that of the data stream after the last step.
+pub(super) fn save(
+    trainer: &Trainer<'_>,
+    hybrid: &Model,
+    position: u64,
+    options: &HealOptions,
+    settings: &serde_json::Value,
+) -> Result<()> {
+    let info = HealState {
+        version: VERSION,
+        stage: stage_name(options.stage),
+        step: trainer.steps(),
+        position,
+        settings: settings.clone(),
+        lr: options.lr.to_string(),
+    };
+    let mut tensors: Vec<StateTensor<'_>> = Vec::new();
+    for full in &trainer.full {
+        let param = hybrid.params.get(full.id);
+        push(&mut tensors, "param.", &param.name, &param.shape, param.data(), &full.moments);
+    }
+    for low_rank in &trainer.low_rank {
+        let name = &hybrid.params.get(low_rank.id).name;
+        let f = &low_rank.factors;
+        push(&mut tensors, "", &format!("lora.a.{name}"), &[f.rank, f.cols], &f.a, &low_rank.moments_a);
+        push(&mut tensors, "", &format!("lora.b.{name}"), &[f.rows, f.rank], &f.b, &low_rank.moments_b);
+    }
+    save_state(&options.state_dir.join(FILE), &info, &tensors)
+}
+
+fn push<'a>(
+    tensors: &mut Vec<StateTensor<'a>>,
+    prefix: &str,
+    name: &str,
+    shape: &[usize],
+    values: &'a [f32],
+    moments: &'a Moments,
+) {
+    tensors.push((format!("{prefix}{name}"), shape.to_vec(), values));
+    tensors.push((format!("m.{name}"), shape.to_vec(), &moments.m));
+    tensors.push((format!("v.{name}"), shape.to_vec(), &moments.v));
+}
