@@ -6,6 +6,9 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use tempfile::{NamedTempFile, TempDir};
 
+#[cfg(test)]
+mod tests;
+
 /// Reads a JSON file.
 ///
 /// # Errors
