@@ -21,11 +21,29 @@ use std::path::{Path, PathBuf};
 /// llama.cpp's divisors of the RoPE frequencies; they go into the configuration.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 
+/// A file's content.
+#[derive(Debug)]
+enum Bytes {
+    Mapped(MappedFile),
+    Owned(Vec<u8>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(file) => file,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
 /// An opened GGUF file.
 #[derive(Debug)]
 pub struct GgufSource {
     path: PathBuf,
-    file: MappedFile,
+    file: Bytes,
     metadata: Metadata,
     config_json: serde_json::Value,
     tensors: Vec<GgufTensor>,
@@ -42,7 +60,18 @@ impl GgufSource {
     /// As [`parse`]; [`WeightsError::Unsupported`] for another architecture, a feature that is not computed, or a tensor
     /// the family does not have.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = MappedFile::open(path)?;
+        Self::new(Bytes::Mapped(MappedFile::open(path)?), path)
+    }
+
+    /// [`open`](Self::open) for a file that is in memory; `path` is for messages only.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(bytes: Vec<u8>, path: &Path) -> Result<Self> {
+        Self::new(Bytes::Owned(bytes), path)
+    }
+
+    fn new(file: Bytes, path: &Path) -> Result<Self> {
         let GgufHeader { metadata, mut tensors } = parse(&file, path)?;
         let family = config::family(&metadata, path)?;
         let rope_factors = match tensors.iter().position(|t| t.name == ROPE_FREQS) {

@@ -8,6 +8,8 @@ pub mod error;
 pub mod fetch;
 pub mod files;
 pub mod gguf;
+#[doc(hidden)]
+pub mod hostile;
 #[allow(unsafe_code)]
 pub mod mmap;
 pub mod safetensors;
