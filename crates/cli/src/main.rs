@@ -37,6 +37,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // A reader that goes away (`| head`) ends the process quietly instead of panicking in println.
+    sigpipe::reset();
     let cli = Cli::parse();
     let mut ui = match ui::Ui::new() {
         Ok(ui) => ui,
@@ -67,9 +69,6 @@ fn main() -> ExitCode {
 
 /// Prints an error with its causes, and chooses the exit code.
 fn report(error: &anyhow::Error) -> ExitCode {
-    if error.chain().filter_map(|e| e.downcast_ref::<std::io::Error>()).any(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
-        return ExitCode::SUCCESS;
-    }
     let text = format!("{error:#}");
     eprintln!("error: {text}");
     if error.is::<common::Usage>() {
