@@ -63,7 +63,8 @@ fn fisher_is_the_mean_square_of_finite_differences() {
     let ids = tokens(3, 9);
     let naive = Naive::new(&model(1), &ids);
     for seed in [0, 1] {
-        let found = window_fisher(&exec(), &model(1), 3, std::slice::from_ref(&ids), seed, &mut Silent).unwrap();
+        let found =
+            window_fisher(&exec(), &model(1), 3, std::slice::from_ref(&ids), seed, &mut Silent).unwrap();
         assert_close("kl-fisher", &found, &naive.window_fisher(3, seed), TOLERANCE);
     }
 }
@@ -76,7 +77,8 @@ fn fisher_estimates_the_kl_divergence() {
     let mut mean = vec![vec![0.0; 2]; 2];
     let window = 16;
     for seed in 0..DRAWS {
-        let cost = window_fisher(&exec(), &model(1), window, std::slice::from_ref(&ids), seed, &mut Silent).unwrap();
+        let cost =
+            window_fisher(&exec(), &model(1), window, std::slice::from_ref(&ids), seed, &mut Silent).unwrap();
         mean.iter_mut().flatten().zip(cost.iter().flatten()).for_each(|(m, c)| *m += c / DRAWS as f64);
     }
     let truth = naive.window_kl(window);
