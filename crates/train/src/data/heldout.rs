@@ -1,17 +1,32 @@
 //! Splitting any documents into a part to train on and a part held out.
 
-use super::{Document, Split, split};
+use super::{Document, Split};
+use std::collections::HashMap;
 
-/// Documents to train on and documents held out. Sources of eight documents or more are split by document ([`split`]); of a smaller source the
-/// last eighth of every document is held out.
+/// Documents to train on and documents held out, both in order. Sources of eight documents or more are split by document
+/// ([`Split::of`]); of a smaller source the last eighth of every document is held out.
 pub fn split_pair(documents: Vec<Document>) -> (Vec<Document>, Vec<Document>) {
-    let count = |source: &str| documents.iter().filter(|d| d.source == source).count();
-    let (many, few): (Vec<_>, Vec<_>) = documents.iter().cloned().partition(|d| count(&d.source) >= 8);
-    let mut train = split(many.clone(), Split::Train);
-    let mut heldout = split(many, Split::Heldout);
-    for mut document in few {
-        let tail = document.tokens.split_off(document.tokens.len() - document.tokens.len() / 8);
-        heldout.push(Document { source: document.source.clone(), tokens: tail });
+    let mut counts: HashMap<String, usize> = HashMap::new();
+    for document in &documents {
+        *counts.entry(document.source.clone()).or_default() += 1;
+    }
+    let mut seen: HashMap<String, usize> = HashMap::new();
+    let (mut train, mut heldout) = (Vec::new(), Vec::new());
+    for mut document in documents {
+        if counts[&document.source] >= Split::HELDOUT_EVERY {
+            let index = seen.entry(document.source.clone()).or_default();
+            *index += 1;
+            match Split::of(*index - 1) {
+                Split::Train => train.push(document),
+                Split::Heldout => heldout.push(document),
+            }
+            continue;
+        }
+        let len = document.tokens.len();
+        let tokens = document.tokens.split_off(len - len / Split::HELDOUT_EVERY);
+        if !tokens.is_empty() {
+            heldout.push(Document { source: document.source.clone(), tokens });
+        }
         train.push(document);
     }
     (train, heldout)
