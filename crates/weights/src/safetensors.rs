@@ -114,7 +114,7 @@ impl SafetensorsSource {
             let first = source.infos.len();
             source.add_file(&path)?;
             for tensor in tensors {
-                if !source.by_name.get(tensor).is_some_and(|&at| at >= first) {
+                if source.by_name.get(tensor).is_none_or(|&at| at < first) {
                     return Err(bad(format!("tensor `{tensor}` is not in shard `{shard}`")));
                 }
             }

@@ -8,7 +8,8 @@ use std::path::Path;
 const MUTATIONS: usize = 3000;
 
 fn data(name: &str) -> Vec<u8> {
-    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)).unwrap()
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name))
+        .expect("a golden file of this crate")
 }
 
 /// A few bytes changed, a piece copied over another, or the end cut; mostly in the first `head` bytes.
