@@ -121,17 +121,23 @@ impl Softmax {
     fn of<S: Simd>(s: S, row: &[f32]) -> Self {
         let max = simd::max(row);
         let mut terms = [0.0; BLOCK];
-        let sums = row.chunks(BLOCK).map(|row| exps(s, row, max, &mut terms[..row.len()]));
-        Self::new(max, sums.sum())
+        // Plain loops: an iterator's `sum` is compiled apart, without the instruction set.
+        let mut sum = 0.0;
+        for row in row.chunks(BLOCK) {
+            sum += exps(s, row, max, &mut terms[..row.len()]);
+        }
+        Self::new(max, sum)
     }
 
     /// The same, leaving `exp(x − max)` in `terms`.
     #[inline(always)]
     fn with_terms<S: Simd>(s: S, row: &[f32], terms: &mut [f32]) -> Self {
         let max = simd::max(row);
-        let sums =
-            row.chunks(BLOCK).zip(terms.chunks_mut(BLOCK)).map(|(row, terms)| exps(s, row, max, terms));
-        Self::new(max, sums.sum())
+        let mut sum = 0.0;
+        for (row, terms) in row.chunks(BLOCK).zip(terms.chunks_mut(BLOCK)) {
+            sum += exps(s, row, max, terms);
+        }
+        Self::new(max, sum)
     }
 
     fn new(max: f32, sum: f64) -> Self {

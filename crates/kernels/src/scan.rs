@@ -274,7 +274,10 @@ fn step_entries<S: Simd>(
 /// Sum of all lanes.
 #[inline(always)]
 fn lane_sum<S: Simd>(s: S, x: &Lanes) -> f32 {
-    let mut vectors = x.chunks_exact(S::LANES).map(|x| s.load(x));
-    let first = vectors.next().expect("a tile is at least one vector wide");
-    s.sum(vectors.fold(first, |sum, x| s.add(sum, x)))
+    let mut vectors = x.chunks_exact(S::LANES);
+    let mut sum = s.load(vectors.next().expect("a tile is at least one vector wide"));
+    for vector in vectors {
+        sum = s.add(sum, s.load(vector));
+    }
+    s.sum(sum)
 }

@@ -130,9 +130,14 @@ fn decays(exec: &Exec, shape: SsdShape, inputs: SsdInputs<'_>) -> Vec<Vec<Decay>
     exec.parallel_map(shape.seq.div_ceil(CHUNK), |chunk| {
         let (shape, inputs) = inputs.chunk(shape, chunk);
         let heads = shape.heads;
-        dispatch!(exec.isa(), |s| (0..heads)
-            .map(|head| Decay::new(s, &inputs.log_a[head..], heads))
-            .collect())
+        dispatch!(exec.isa(), |s| {
+            // A plain loop: an iterator's `collect` is compiled apart, without the instruction set.
+            let mut decays = Vec::with_capacity(heads);
+            for head in 0..heads {
+                decays.push(Decay::new(s, &inputs.log_a[head..], heads));
+            }
+            decays
+        })
     })
 }
 
