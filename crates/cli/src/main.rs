@@ -8,6 +8,10 @@ mod ui;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+/// Passes allocate and free large buffers all the time; this allocator keeps their pages instead of returning them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Turn pretrained Transformers into hybrids whose recency-aware attention heads are recurrent, and run them.
 ///
 /// Data goes to stdout, progress and messages to stderr. Exit code 2 means wrong usage, 1 any other failure, 130 an interruption.
