@@ -76,12 +76,19 @@ pub fn load(arg: &str, ui: &Ui) -> Result<Loaded> {
 }
 
 /// All documents of the data arguments. Token ids from `.npy` files are checked against the vocabulary.
-pub fn documents(args: &DataArgs, split: Split, loaded: &Loaded, exec: &Exec, ui: &mut Ui) -> Result<Vec<Document>> {
+pub fn documents(
+    args: &DataArgs,
+    split: Split,
+    loaded: &Loaded,
+    exec: &Exec,
+    ui: &mut Ui,
+) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     let mut tokenizer = None;
     for arg in &args.data {
         let source = DataSource::parse(arg)?;
-        let is_npy = matches!(&source, DataSource::File(path) if path.extension().is_some_and(|e| e == "npy"));
+        let is_npy =
+            matches!(&source, DataSource::File(path) if path.extension().is_some_and(|e| e == "npy"));
         if tokenizer.is_none() && !is_npy && source != DataSource::SelfSampled {
             tokenizer = Some(loaded.tokenizer()?);
         }
@@ -100,7 +107,10 @@ fn check_vocab(documents: &[Document], vocab: usize) -> Result<()> {
     for document in documents {
         if let Some(position) = document.tokens.iter().position(|&t| t as usize >= vocab) {
             let token = document.tokens[position];
-            bail!("{}: token id {token} at position {position} is outside the vocabulary of {vocab}", document.source);
+            bail!(
+                "{}: token id {token} at position {position} is outside the vocabulary of {vocab}",
+                document.source
+            );
         }
     }
     Ok(())
@@ -115,7 +125,10 @@ pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u6
 /// Fails early when a context is longer than the model's.
 pub fn check_context(config: &ModelConfig, context: usize) -> Result<()> {
     if context < 2 || context > config.max_context {
-        return Err(usage(format!("context {context} must be between 2 and the model's {}", config.max_context)));
+        return Err(usage(format!(
+            "context {context} must be between 2 and the model's {}",
+            config.max_context
+        )));
     }
     Ok(())
 }
@@ -125,7 +138,10 @@ pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
     if path.exists() && !overwrite {
         bail!("{} exists already\nhint: choose another --out or remove it", path.display());
     }
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), Path::to_path_buf);
+    let parent = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf);
     if !parent.is_dir() {
         bail!("folder {} does not exist\nhint: create it first", parent.display());
     }

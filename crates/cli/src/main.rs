@@ -1,8 +1,8 @@
 //! The `recurformer` command: parses arguments, calls the library crates, prints. Holds no logic of its own.
 #![forbid(unsafe_code)]
 
-mod common;
 mod commands;
+mod common;
 mod ui;
 
 use clap::{Parser, Subcommand};

@@ -34,7 +34,15 @@ impl Ui {
         })?;
         let now = Instant::now();
         let terminal = std::io::stderr().is_terminal();
-        Ok(Self { bar: None, label: String::new(), unit: String::new(), started: now, last_log: now, cancelled, terminal })
+        Ok(Self {
+            bar: None,
+            label: String::new(),
+            unit: String::new(),
+            started: now,
+            last_log: now,
+            cancelled,
+            terminal,
+        })
     }
 
     /// A message for the person at the terminal.
@@ -68,7 +76,11 @@ impl model::Progress for Ui {
         };
         let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = if total > 0 { ProgressBar::new(total) } else { ProgressBar::new_spinner() };
-        bar.set_draw_target(if self.terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
+        bar.set_draw_target(if self.terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        });
         bar.set_style(style);
         bar.set_message(label.to_string());
         (self.label, self.unit) = (label.to_string(), unit.to_string());
@@ -87,10 +99,9 @@ impl model::Progress for Ui {
             self.last_log = Instant::now();
             let done = bar.position();
             let rate = done as f64 / self.started.elapsed().as_secs_f64();
-            let eta = bar
-                .length()
-                .filter(|&total| total >= done && rate > 0.0)
-                .map(|total| format!(", ETA {}", HumanDuration(Duration::from_secs_f64((total - done) as f64 / rate))));
+            let eta = bar.length().filter(|&total| total >= done && rate > 0.0).map(|total| {
+                format!(", ETA {}", HumanDuration(Duration::from_secs_f64((total - done) as f64 / rate)))
+            });
             let of = bar.length().map(|t| format!("/{t}")).unwrap_or_default();
             eprintln!("{} {done}{of} {} ({rate:.0}/s{})", bar.message(), self.unit, eta.unwrap_or_default());
         }

@@ -3,8 +3,11 @@
 
 mod chat;
 mod from_gguf;
+mod stop;
 #[cfg(test)]
 mod tests;
+
+pub use stop::StopStream;
 
 use crate::config::unsupported;
 use crate::error::{Result, WeightsError};

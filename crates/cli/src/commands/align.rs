@@ -1,6 +1,8 @@
 //! `align`: trains the head bank.
 
-use crate::common::{DataArgs, ExecArgs, MixerArg, check_context, check_output, documents, load, sequences, usage};
+use crate::common::{
+    DataArgs, ExecArgs, MixerArg, check_context, check_output, documents, load, sequences, usage,
+};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::number;
@@ -87,7 +89,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let heads = HeadsReport::read(&args.heads)?;
     let (train, heldout) = data::split_pair(documents(&args.data, Split::Train, &loaded, &exec, ui)?);
     let measure_context = args.context.max(512).min(config.max_context);
-    let bank = if args.extend { HeadBank::read(&args.out, config)? } else { init_bank(&loaded.model, spec, &heads, args.seed)? };
+    let bank = if args.extend {
+        HeadBank::read(&args.out, config)?
+    } else {
+        init_bank(&loaded.model, spec, &heads, args.seed)?
+    };
     let options = AlignOptions {
         tokens: args.tokens,
         tokens_per_step: args.tokens_per_step,
@@ -105,10 +111,18 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     println!("layer  held-out relative error per group   mixer-fisher cost per group");
     for (layer, (errors, costs)) in bank.info.heldout_error.iter().zip(&bank.info.mixer_fisher).enumerate() {
         let join = |v: &[f64]| v.iter().map(|&x| number(x)).collect::<Vec<_>>().join("  ");
-        println!("{layer:>5}  {:<34}  {}", join(errors), costs.iter().map(|c| format!("{c:.2e}")).collect::<Vec<_>>().join("  "));
+        println!(
+            "{layer:>5}  {:<34}  {}",
+            join(errors),
+            costs.iter().map(|c| format!("{c:.2e}")).collect::<Vec<_>>().join("  ")
+        );
     }
     let all: Vec<f64> = bank.info.heldout_error.iter().flatten().copied().collect();
-    println!("mean held-out relative error {} after {} tokens", number(all.iter().sum::<f64>() / all.len() as f64), bank.info.tokens);
+    println!(
+        "mean held-out relative error {} after {} tokens",
+        number(all.iter().sum::<f64>() / all.len() as f64),
+        bank.info.tokens
+    );
     println!("wrote {}", args.out.display());
     Ok(())
 }

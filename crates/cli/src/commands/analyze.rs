@@ -51,7 +51,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     check_context(&loaded.model.config, args.context)?;
     let documents = documents(&args.data, Split::Train, &loaded, &exec, ui)?;
     let sequences = sequences(&documents, args.context, args.tokens, args.seed)?;
-    let options = AnalyzeOptions { criteria: args.criteria.clone(), seed: args.seed, ..AnalyzeOptions::default() };
+    let options =
+        AnalyzeOptions { criteria: args.criteria.clone(), seed: args.seed, ..AnalyzeOptions::default() };
     let heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
     heads.write(&args.out)?;
     if let Some(path) = &args.html {
@@ -63,7 +64,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         };
         report.write_html(path)?;
     }
-    let ratios: Vec<f64> = heads.layers.iter().flat_map(|l| l.heads.iter().map(|h| h.recency_ratio_64)).collect();
+    let ratios: Vec<f64> =
+        heads.layers.iter().flat_map(|l| l.heads.iter().map(|h| h.recency_ratio_64)).collect();
     let above = |t: f64| ratios.iter().filter(|&&r| r > t).count();
     println!(
         "{} heads over {} tokens: mean recency_ratio_64 {}; {} above 0.5, {} above 0.7, {} above 0.9",

@@ -38,7 +38,11 @@ pub struct Args {
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
-    let options = BenchOptions { depths: args.depths.clone(), decode_steps: args.decode_steps, ..BenchOptions::default() };
+    let options = BenchOptions {
+        depths: args.depths.clone(),
+        decode_steps: args.decode_steps,
+        ..BenchOptions::default()
+    };
     let mut measure = |name: &str| -> Result<Vec<BenchResult>> {
         let mut model = load(name, ui)?.model;
         if args.beyond_context {
@@ -56,9 +60,22 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         return print_json(&value);
     }
     println!("{} threads, {}", exec.threads(), exec.isa().name());
-    println!("{:>7} {:>14} {:>14} {:>12}{}", "depth", "prefill tok/s", "decode tok/s", "cache", if base.is_some() { "   base: prefill, decode, cache" } else { "" });
+    println!(
+        "{:>7} {:>14} {:>14} {:>12}{}",
+        "depth",
+        "prefill tok/s",
+        "decode tok/s",
+        "cache",
+        if base.is_some() { "   base: prefill, decode, cache" } else { "" }
+    );
     for (i, r) in results.iter().enumerate() {
-        print!("{:>7} {:>14.1} {:>14.1} {:>12}", r.depth, r.prefill_tok_s, r.decode_tok_s, bytes(r.cache_bytes));
+        print!(
+            "{:>7} {:>14.1} {:>14.1} {:>12}",
+            r.depth,
+            r.prefill_tok_s,
+            r.decode_tok_s,
+            bytes(r.cache_bytes)
+        );
         if let Some(b) = base.as_ref().map(|b| &b[i]) {
             print!("   {:.1}, {:.1}, {}", b.prefill_tok_s, b.decode_tok_s, bytes(b.cache_bytes));
         }

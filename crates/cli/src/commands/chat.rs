@@ -1,13 +1,13 @@
 //! `chat`: a conversation whose history stays in the cache.
 
-use crate::commands::generate::{SamplingArgs, StopText};
+use crate::commands::generate::SamplingArgs;
 use crate::common::{ExecArgs, load};
 use crate::ui::Ui;
 use anyhow::Result;
 use model::generate::{GenerateLimits, generate};
 use std::io::{BufRead, IsTerminal, Write};
 use std::sync::atomic::Ordering;
-use weights::tokenizer::ChatMessage;
+use weights::tokenizer::{ChatMessage, StopStream};
 
 /// Talk to a model with its chat template; the conversation stays in the cache. End with Ctrl-D or /quit.
 ///
@@ -35,7 +35,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let loaded = load(&args.model, ui)?;
     let (model, tokenizer) = (&loaded.model, loaded.tokenizer()?);
     let mut messages: Vec<ChatMessage> = Vec::new();
-    messages.extend(args.system.iter().map(|text| ChatMessage { role: "system".into(), content: text.clone() }));
+    messages
+        .extend(args.system.iter().map(|text| ChatMessage { role: "system".into(), content: text.clone() }));
     let mut cache = model.new_cache();
     let mut history: Vec<u32> = Vec::new();
     let interactive = std::io::stdin().is_terminal();
@@ -60,23 +61,25 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             history.clear();
         }
         let fresh = rendered[history.len()..].to_vec();
-        let mut text = StopText::new(&tokenizer, &args.sampling.stop);
+        let mut text = StopStream::new(&tokenizer, &args.sampling.stop);
         let mut out = std::io::stdout().lock();
         let mut failure = None;
-        let limits = GenerateLimits { max_new: args.sampling.max_tokens, stop_ids: &model.config.eos_token_ids };
+        let limits =
+            GenerateLimits { max_new: args.sampling.max_tokens, stop_ids: &model.config.eos_token_ids };
         generate(&exec, model, &mut cache, &mut history, &fresh, &mut sampler, limits, |id| {
-            let written = text.push(id).and_then(|new| Ok(write!(out, "{new}").and_then(|()| out.flush())?));
+            let written = text.push(id).map_err(anyhow::Error::from).and_then(|new| Ok(write!(out, "{new}").and_then(|()| out.flush())?));
             if let Err(error) = written {
                 failure = Some(error);
                 return false;
             }
-            !text.stopped && !stop.load(Ordering::SeqCst)
+            !text.stopped() && !stop.load(Ordering::SeqCst)
         })?;
         if let Some(error) = failure {
             return Err(error);
         }
-        writeln!(out, "{}", text.finish())?;
-        messages.push(ChatMessage { role: "assistant".into(), content: text.text });
+        let (rest, text) = text.finish()?;
+        writeln!(out, "{rest}")?;
+        messages.push(ChatMessage { role: "assistant".into(), content: text });
         if stop.swap(false, Ordering::SeqCst) && !interactive {
             return Ok(());
         }

@@ -110,7 +110,8 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
         (true, None) => return Err(usage("--bos: the model names no beginning-of-sequence token")),
     };
     let documents = documents(&args.data, Split::Heldout, &loaded, &exec, ui)?;
-    let options = WindowOptions { context: args.context, stride: args.stride, bos, max_tokens: args.max_tokens };
+    let options =
+        WindowOptions { context: args.context, stride: args.stride, bos, max_tokens: args.max_tokens };
     let texts = windows(&documents, &options)?;
     let mut models = vec![&loaded.model];
     if !divergence {
@@ -149,12 +150,21 @@ fn table(results: &[Quality], divergence: bool) {
     );
     for (i, file) in own.files.iter().enumerate() {
         let beside = base.map_or(String::new(), |b| format!(" {:>11}", number(b.files[i].ppl)));
-        println!("{:<28} {:>8} {}{beside}", file.name, file.tokens, columns(file.ppl, file.kl, file.top1_agreement));
+        println!(
+            "{:<28} {:>8} {}{beside}",
+            file.name,
+            file.tokens,
+            columns(file.ppl, file.kl, file.top1_agreement)
+        );
     }
     let overall = &own.overall;
     let beside = base.map_or(String::new(), |b| format!(" {:>11}", number(b.overall.ppl)));
     let label = if divergence { "all" } else { "all (geometric mean)" };
-    println!("{label:<28} {:>8} {}{beside}", overall.tokens, columns(overall.ppl, overall.kl, overall.top1_agreement));
+    println!(
+        "{label:<28} {:>8} {}{beside}",
+        overall.tokens,
+        columns(overall.ppl, overall.kl, overall.top1_agreement)
+    );
 }
 
 fn retrieval(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
@@ -178,7 +188,8 @@ fn retrieval(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
     }
     println!("{:>8} {:>10}{}", "context", "correct", if base.is_some() { "       base" } else { "" });
     for (i, r) in results.iter().enumerate() {
-        let beside = base.as_ref().map_or(String::new(), |b| format!(" {:>7}/{}", b[i].correct, b[i].samples));
+        let beside =
+            base.as_ref().map_or(String::new(), |b| format!(" {:>7}/{}", b[i].correct, b[i].samples));
         println!("{:>8} {:>7}/{}{beside}", r.context, r.correct, r.samples);
     }
     Ok(())

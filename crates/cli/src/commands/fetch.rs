@@ -29,7 +29,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             let [train, heldout] = documents;
             let (train, heldout) = (train?, heldout?);
             let count = |docs: &[train::data::Document]| docs.iter().map(|d| d.tokens.len()).sum::<usize>();
-            println!("english-small: {} documents ({} tokens) to train on, {} ({}) held out", train.len(), count(&train), heldout.len(), count(&heldout));
+            println!(
+                "english-small: {} documents ({} tokens) to train on, {} ({}) held out",
+                train.len(),
+                count(&train),
+                heldout.len(),
+                count(&heldout)
+            );
         } else {
             let path = ModelSource::parse(name)?.fetch(&mut |line| ui.say(line))?;
             println!("{}", path.display());

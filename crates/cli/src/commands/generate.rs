@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-use weights::Tokenizer;
+use weights::tokenizer::StopStream;
 
 /// Continue a prompt, streaming the text.
 ///
@@ -92,7 +92,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let (model, tokenizer) = (&loaded.model, loaded.tokenizer()?);
     let prompt = match (&args.tokens, &args.prompt_file, &args.prompt) {
         (Some(tokens), _, _) => tokens.clone(),
-        (_, Some(path), _) => tokenizer.encode(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?, true)?,
+        (_, Some(path), _) => tokenizer
+            .encode(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?, true)?,
         (_, _, Some(text)) => tokenizer.encode(text, true)?,
         _ => return Err(usage("give --prompt, --prompt-file or --tokens")),
     };
@@ -101,7 +102,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     }
     let mut cache = model.new_cache();
     let mut history = Vec::new();
-    let mut text = StopText::new(&tokenizer, &args.sampling.stop);
+    let mut text = StopStream::new(&tokenizer, &args.sampling.stop);
     let mut ids = Vec::new();
     let stop = ui.stop_flag();
     let clock = Instant::now();
@@ -112,7 +113,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let finish = generate(&exec, model, &mut cache, &mut history, &prompt, &mut sampler, limits, |id| {
         first_token.get_or_insert_with(|| clock.elapsed().as_secs_f64());
         ids.push(id);
-        let emitted = text.push(id).and_then(|new| {
+        let emitted = text.push(id).map_err(anyhow::Error::from).and_then(|new| {
             if !args.json {
                 write!(out, "{new}").and_then(|()| out.flush())?;
             }
@@ -122,17 +123,18 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             failure = Some(error);
             return false;
         }
-        !text.stopped && !stop.load(Ordering::SeqCst)
+        !text.stopped() && !stop.load(Ordering::SeqCst)
     })?;
     if let Some(error) = failure {
         return Err(error);
     }
     let seconds = clock.elapsed().as_secs_f64();
-    let rest = text.finish();
+    let stopped = text.stopped();
+    let (rest, text) = text.finish()?;
     if args.json {
         return print_json(&json!({
-            "text": text.text, "tokens": ids, "prompt_tokens": prompt.len(),
-            "finish": if text.stopped { "stop" } else { finish_name(finish) },
+            "text": text, "tokens": ids, "prompt_tokens": prompt.len(),
+            "finish": if stopped { "stop" } else { finish_name(finish) },
             "first_token_s": first_token, "seconds": seconds, "cache_bytes": cache.bytes(), "cache_tokens": cache.len(),
         }));
     }
@@ -148,67 +150,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     Ok(())
 }
 
-
 fn finish_name(finish: Finish) -> &'static str {
     match finish {
         Finish::EndOfText | Finish::Stopped => "stop",
         Finish::Length => "length",
-    }
-}
-
-/// Decodes a stream of tokens and holds text back while it may be the start of a stop string.
-pub struct StopText<'a> {
-    stream: weights::tokenizer::TokenStream<'a>,
-    stops: &'a [String],
-    /// Text released so far.
-    pub text: String,
-    held: String,
-    /// Whether a stop string appeared.
-    pub stopped: bool,
-}
-
-impl<'a> StopText<'a> {
-    /// A decoder that stops at any of `stops`.
-    pub fn new(tokenizer: &'a Tokenizer, stops: &'a [String]) -> Self {
-        Self { stream: tokenizer.stream(), stops, text: String::new(), held: String::new(), stopped: false }
-    }
-
-    /// Text released by this token.
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        self.held.push_str(&self.stream.push(id)?);
-        if let Some(at) = self.stops.iter().filter(|s| !s.is_empty()).filter_map(|s| self.held.find(s.as_str())).min() {
-            self.held.truncate(at);
-            self.stopped = true;
-            return Ok(self.finish());
-        }
-        let keep = self.stops.iter().map(|s| partial_suffix(&self.held, s)).max().unwrap_or(0);
-        let released: String = self.held.drain(..self.held.len() - keep).collect();
-        self.text.push_str(&released);
-        Ok(released)
-    }
-
-    /// Releases what was held back.
-    pub fn finish(&mut self) -> String {
-        let rest = std::mem::take(&mut self.held);
-        self.text.push_str(&rest);
-        rest
-    }
-}
-
-/// Bytes of the longest proper prefix of `stop` that `text` ends with.
-fn partial_suffix(text: &str, stop: &str) -> usize {
-    stop.char_indices().map(|(i, _)| i).rev().find(|&n| n > 0 && text.ends_with(&stop[..n])).unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::partial_suffix;
-
-    #[test]
-    fn a_possible_beginning_of_a_stop_string_is_held_back() {
-        assert_eq!(partial_suffix("hello <|", "<|end|>"), 2);
-        assert_eq!(partial_suffix("hello", "<|end|>"), 0);
-        assert_eq!(partial_suffix("naïve é", "éa"), 2);
-        assert_eq!(partial_suffix("aa", "aab"), 2);
     }
 }

@@ -99,7 +99,10 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let hybrid = load(&args.model, ui)?;
     let base = load(&args.base, ui)?;
     if hybrid.model.plan.converted() == 0 && args.train == Trainable::Heads {
-        bail!("{} has no converted group, so there is no head to train\nhint: run convert first, or choose --train all", args.model);
+        bail!(
+            "{} has no converted group, so there is no head to train\nhint: run convert first, or choose --train all",
+            args.model
+        );
     }
     check_context(&base.model.config, args.context)?;
     let documents = documents(&args.data, Split::Train, &base, &exec, ui)?;
@@ -127,8 +130,15 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let metrics = heal(&exec, &base.model, &mut trained, &mut stream, &options, ui)?;
     save_model(&hybrid.checkpoint, &trained, &args.out, ui)?;
     if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
-        println!("loss {:.4} → {:.4} over {} tokens in {} steps", first.loss, last.loss, last.tokens, last.step);
+        println!(
+            "loss {:.4} → {:.4} over {} tokens in {} steps",
+            first.loss, last.loss, last.tokens, last.step
+        );
     }
-    println!("wrote {}; metrics and training state are in {}", args.out.display(), options.state_dir.display());
+    println!(
+        "wrote {}; metrics and training state are in {}",
+        args.out.display(),
+        options.state_dir.display()
+    );
     Ok(())
 }

@@ -41,7 +41,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     }
     let cache = summary(&plan, config);
     if args.json {
-        let dtypes: Vec<_> = by_dtype.iter().map(|(d, (n, b))| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
+        let dtypes: Vec<_> =
+            by_dtype.iter().map(|(d, (n, b))| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
         return print_json(&json!({
             "path": checkpoint.path, "config": config, "parameters": parameters, "dtypes": dtypes,
             "kv_bytes_per_token": cache.hybrid_bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
@@ -49,15 +50,33 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         }));
     }
     println!("{}", checkpoint.path.display());
-    println!("  family        {:?}, {} layers, d_model {}, d_ff {}", config.family, config.layers, config.d_model, config.d_ff);
-    println!("  attention     {} heads, {} KV heads, head_dim {}", config.heads, config.kv_heads, config.head_dim);
-    println!("  vocabulary    {}{}", config.vocab, if config.tie_embeddings { ", tied embeddings" } else { "" });
-    println!("  context       {} tokens, RoPE base {}, {:?}", config.max_context, config.rope_theta, config.rope_scaling);
+    println!(
+        "  family        {:?}, {} layers, d_model {}, d_ff {}",
+        config.family, config.layers, config.d_model, config.d_ff
+    );
+    println!(
+        "  attention     {} heads, {} KV heads, head_dim {}",
+        config.heads, config.kv_heads, config.head_dim
+    );
+    println!(
+        "  vocabulary    {}{}",
+        config.vocab,
+        if config.tie_embeddings { ", tied embeddings" } else { "" }
+    );
+    println!(
+        "  context       {} tokens, RoPE base {}, {:?}",
+        config.max_context, config.rope_theta, config.rope_scaling
+    );
     println!("  parameters    {:.1} M", parameters as f64 / 1e6);
     for (dtype, (tensors, size)) in &by_dtype {
         println!("    {dtype:<6} {tensors:>5} tensors {:>12}", bytes(*size));
     }
-    println!("  cache         {} per token (base {}), constant {}", bytes(cache.hybrid_bytes_per_token), bytes(cache.base_bytes_per_token), bytes(cache.constant_bytes));
+    println!(
+        "  cache         {} per token (base {}), constant {}",
+        bytes(cache.hybrid_bytes_per_token),
+        bytes(cache.base_bytes_per_token),
+        bytes(cache.constant_bytes)
+    );
     if plan.converted() > 0 {
         println!("  hybrid        {} of {} KV groups converted", plan.converted(), plan.total());
         if let Some(mixer) = &plan.mixer {
@@ -65,7 +84,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         }
         println!("  groups        A attention, r recurrent; one line per layer");
         for (layer, groups) in plan.layers.iter().enumerate() {
-            let marks: String = groups.groups.iter().map(|g| if g.mixer == GroupMixer::Attention { 'A' } else { 'r' }).collect();
+            let marks: String = groups
+                .groups
+                .iter()
+                .map(|g| if g.mixer == GroupMixer::Attention { 'A' } else { 'r' })
+                .collect();
             println!("    {layer:>3} {marks}");
         }
     }

@@ -59,7 +59,10 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     let heads = HeadsReport::read(&args.heads)?;
     let config = &heads.config;
     let bank = args.bank.as_ref().map(|path| HeadBank::read(path, config)).transpose()?;
-    let criterion = args.criterion.clone().unwrap_or_else(|| if bank.is_some() { "mixer-fisher" } else { "kl-fisher" }.to_string());
+    let criterion = args
+        .criterion
+        .clone()
+        .unwrap_or_else(|| if bank.is_some() { "mixer-fisher" } else { "kl-fisher" }.to_string());
     let mixer = match &bank {
         Some(bank) => bank.info.spec,
         None => {
@@ -90,11 +93,24 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     if args.json {
         return print_json(&summary);
     }
-    println!("{} of {} KV groups converted by {criterion}; mixer {:?}, window {}, sinks {}", summary.converted, summary.total, mixer.recurrent, mixer.window, mixer.sinks);
-    println!("cache          {} per token (base {}), constant {}", bytes(summary.hybrid_bytes_per_token), bytes(summary.base_bytes_per_token), bytes(summary.constant_bytes));
+    println!(
+        "{} of {} KV groups converted by {criterion}; mixer {:?}, window {}, sinks {}",
+        summary.converted, summary.total, mixer.recurrent, mixer.window, mixer.sinks
+    );
+    println!(
+        "cache          {} per token (base {}), constant {}",
+        bytes(summary.hybrid_bytes_per_token),
+        bytes(summary.base_bytes_per_token),
+        bytes(summary.constant_bytes)
+    );
     for at in &summary.contexts {
         let share = 100.0 * at.hybrid_bytes as f64 / at.base_bytes as f64;
-        println!("  {:>6} tokens {:>11} of {:>11}  {share:.1} %", at.tokens, bytes(at.hybrid_bytes), bytes(at.base_bytes));
+        println!(
+            "  {:>6} tokens {:>11} of {:>11}  {share:.1} %",
+            at.tokens,
+            bytes(at.hybrid_bytes),
+            bytes(at.base_bytes)
+        );
     }
     if let Some(tokens) = summary.smaller_from_tokens {
         println!("  smaller than the base's from {tokens} tokens on");

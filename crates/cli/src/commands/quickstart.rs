@@ -120,10 +120,18 @@ fn prepare_out(args: &Args) -> Result<()> {
         seed: args.seed,
     };
     let path = args.out.join("quickstart.json");
-    if args.out.exists() && args.out.read_dir().with_context(|| args.out.display().to_string())?.next().is_some() {
-        let same = std::fs::read(&path).ok().and_then(|b| serde_json::from_slice::<Settings>(&b).ok()).is_some_and(|s| s == settings);
+    if args.out.exists()
+        && args.out.read_dir().with_context(|| args.out.display().to_string())?.next().is_some()
+    {
+        let same = std::fs::read(&path)
+            .ok()
+            .and_then(|b| serde_json::from_slice::<Settings>(&b).ok())
+            .is_some_and(|s| s == settings);
         if !same {
-            bail!("{} holds something else, or was made with other options\nhint: choose another --out, or remove it", args.out.display());
+            bail!(
+                "{} holds something else, or was made with other options\nhint: choose another --out, or remove it",
+                args.out.display()
+            );
         }
         return Ok(());
     }
@@ -192,7 +200,13 @@ impl Stage<'_> {
         Ok(align(&self.exec, &self.base.model, bank, &mut stream, &options, ui)?)
     }
 
-    fn plan_by(&self, criterion: &str, mixer: MixerSpec, heads: &HeadsReport, bank: Option<&HeadBank>) -> Result<HeadPlan> {
+    fn plan_by(
+        &self,
+        criterion: &str,
+        mixer: MixerSpec,
+        heads: &HeadsReport,
+        bank: Option<&HeadBank>,
+    ) -> Result<HeadPlan> {
         let scores = criteria::scores(criterion, heads, bank, self.args.seed)?;
         let options = select::SelectOptions {
             beta: self.args.beta,
@@ -200,7 +214,9 @@ impl Stage<'_> {
             mixer,
             criterion: PlanCriterion {
                 name: criterion.into(),
-                tokens: bank.filter(|_| criterion == "mixer-fisher").map_or(heads.tokens, |b| b.info.fisher_tokens),
+                tokens: bank
+                    .filter(|_| criterion == "mixer-fisher")
+                    .map_or(heads.tokens, |b| b.info.fisher_tokens),
                 bank_sha256: bank.map(HeadBank::sha256),
                 data_sha256: Some(heads.data_sha256.clone()),
                 seed: (criterion == "random").then_some(self.args.seed),
@@ -211,7 +227,11 @@ impl Stage<'_> {
 
     fn plan(&self, heads: &HeadsReport, bank: &HeadBank, ui: &mut Ui) -> Result<HeadPlan> {
         let plan = self.plan_by("mixer-fisher", bank.info.spec, heads, Some(bank))?;
-        ui.say(&format!("[4/8] plan: {} of {} KV groups, by the replacement's own error", plan.converted(), plan.total()));
+        ui.say(&format!(
+            "[4/8] plan: {} of {} KV groups, by the replacement's own error",
+            plan.converted(),
+            plan.total()
+        ));
         weights::files::atomic_write(&self.path("plan.json"), plan.to_json().as_bytes())?;
         Ok(plan)
     }
@@ -246,24 +266,45 @@ impl Stage<'_> {
     }
 
     /// Every model of the table, judged on the same held-out text and timed at the same depths.
-    fn compare(&self, heads: &HeadsReport, bank: &HeadBank, plan: &HeadPlan, healed: &Model, ui: &mut Ui) -> Result<Report> {
+    fn compare(
+        &self,
+        heads: &HeadsReport,
+        bank: &HeadBank,
+        plan: &HeadPlan,
+        healed: &Model,
+        ui: &mut Ui,
+    ) -> Result<Report> {
         ui.say("[7/8] evaluate: held-out text, cache, speed");
         let base = &self.base.model;
         let config = &base.config;
         let seed = self.args.seed;
-        let convert = |plan: &HeadPlan, bank: Option<&HeadBank>| convert_in_memory(base, plan, bank, Some(heads), seed);
+        let convert =
+            |plan: &HeadPlan, bank: Option<&HeadBank>| convert_in_memory(base, plan, bank, Some(heads), seed);
         let paper = self.plan_by("recency", MixerArg::Mamba.spec(config, 0, None)?, heads, None)?;
         let window = self.plan_by("kl-fisher", MixerArg::None.spec(config, 64, None)?, heads, None)?;
         let random = self.plan_by("random", bank.info.spec, heads, Some(bank))?;
         let models: Vec<(&str, &str, Model)> = vec![
             ("base", "the original model", base.clone()),
-            ("paper, unhealed", "groups by recency ratio, fresh Mamba blocks, no training", convert(&paper, None)?),
-            ("window only", "window 64 + sink on the groups best for it; training-free", convert(&window, None)?),
+            (
+                "paper, unhealed",
+                "groups by recency ratio, fresh Mamba blocks, no training",
+                convert(&paper, None)?,
+            ),
+            (
+                "window only",
+                "window 64 + sink on the groups best for it; training-free",
+                convert(&window, None)?,
+            ),
             ("random groups", "aligned heads on random groups", convert(&random, Some(bank))?),
             ("ours, unhealed", "aligned heads on the groups they cost least", convert(plan, Some(bank))?),
             ("ours, healed", "the same after distillation", healed.clone()),
         ];
-        let options = WindowOptions { context: self.context, stride: None, bos: None, max_tokens: Some(self.args.eval_tokens) };
+        let options = WindowOptions {
+            context: self.context,
+            stride: None,
+            bos: None,
+            max_tokens: Some(self.args.eval_tokens),
+        };
         let texts = windows(&self.heldout, &options)?;
         let refs: Vec<&Model> = models.iter().map(|m| &m.2).collect();
         let qualities = evaluate(&self.exec, Some(base), &refs, &texts, ui)?;
@@ -271,7 +312,8 @@ impl Stage<'_> {
         for ((name, description, model), quality) in models.into_iter().zip(qualities) {
             let mut timed = model.clone();
             timed.context_limit = usize::MAX;
-            let options = BenchOptions { depths: vec![2048, 8192], decode_steps: 8, ..BenchOptions::default() };
+            let options =
+                BenchOptions { depths: vec![2048, 8192], decode_steps: 8, ..BenchOptions::default() };
             let speeds = bench(&self.exec, &timed, &options, ui)?;
             report.variants.push(VariantRow {
                 name: name.into(),
@@ -299,20 +341,38 @@ impl Stage<'_> {
                 let mut produced = Vec::new();
                 let limits = GenerateLimits { max_new: 40, stop_ids: &model.config.eos_token_ids };
                 let mut sampler = Sampler::new(SamplerOptions::default())?;
-                generate(&self.exec, model, &mut model.new_cache(), &mut Vec::new(), &ids, &mut sampler, limits, |id| {
-                    produced.push(id);
-                    true
-                })?;
+                generate(
+                    &self.exec,
+                    model,
+                    &mut model.new_cache(),
+                    &mut Vec::new(),
+                    &ids,
+                    &mut sampler,
+                    limits,
+                    |id| {
+                        produced.push(id);
+                        true
+                    },
+                )?;
                 texts.push((name.to_string(), tokenizer.decode(&produced, true)?));
             }
             ui.say(&format!("  {prompt}"));
-            texts.iter().for_each(|(name, text)| ui.say(&format!("    {name:>13}: {}", text.replace('\n', " "))));
+            texts
+                .iter()
+                .for_each(|(name, text)| ui.say(&format!("    {name:>13}: {}", text.replace('\n', " "))));
             report.generations.push(Generation { prompt: prompt.into(), texts });
         }
         Ok(())
     }
 
-    fn finish(&self, mut report: Report, heads: HeadsReport, plan: HeadPlan, seconds: f64, ui: &mut Ui) -> Result<()> {
+    fn finish(
+        &self,
+        mut report: Report,
+        heads: HeadsReport,
+        plan: HeadPlan,
+        seconds: f64,
+        ui: &mut Ui,
+    ) -> Result<()> {
         let args = self.args;
         report.title = format!("RecurFormer on {}", args.model);
         report.summary = format!(
@@ -342,10 +402,20 @@ impl Stage<'_> {
         ];
         (report.heads, report.plan) = (Some(heads), Some(plan));
         report.write_html(&self.path("report.html"))?;
-        weights::files::atomic_write(&self.path("results.json"), &serde_json::to_vec_pretty(&report.variants)?)?;
+        weights::files::atomic_write(
+            &self.path("results.json"),
+            &serde_json::to_vec_pretty(&report.variants)?,
+        )?;
         println!("{}", report.to_markdown());
-        ui.say(&format!("done in {:.1} minutes; open {}", seconds / 60.0, self.path("report.html").display()));
-        ui.say(&format!("try: recurformer generate --model {} --prompt \"Once upon a time\"", self.path("healed").display()));
+        ui.say(&format!(
+            "done in {:.1} minutes; open {}",
+            seconds / 60.0,
+            self.path("report.html").display()
+        ));
+        ui.say(&format!(
+            "try: recurformer generate --model {} --prompt \"Once upon a time\"",
+            self.path("healed").display()
+        ));
         Ok(())
     }
 }
