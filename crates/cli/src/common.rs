@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use kernels::Exec;
 use model::{MixerSpec, Model, ModelConfig, RecurrentKind};
 use std::path::{Path, PathBuf};
-use train::data::{self, DataSource, Document, SequenceStream, Split};
+use train::data::{self, DataSource, Document, SelfOptions, SequenceStream, Split};
 use weights::{Checkpoint, ModelSource, Tokenizer};
 
 /// A wrong command line that clap could not see; exits with code 2.
@@ -23,6 +23,18 @@ impl std::error::Error for Usage {}
 /// A [`Usage`] error as `anyhow::Error`.
 pub fn usage(text: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(Usage(text.into()))
+}
+
+/// Whether the command line is to blame: it asks for what the model or the measurement cannot do.
+pub fn is_usage(error: &anyhow::Error) -> bool {
+    use eval::EvalError;
+    use model::ModelError;
+    error.is::<Usage>()
+        || matches!(error.downcast_ref(), Some(ModelError::Context { .. }))
+        || matches!(
+            error.downcast_ref(),
+            Some(EvalError::Argument(_) | EvalError::Model(ModelError::Context { .. }))
+        )
 }
 
 /// `--threads`.
@@ -87,33 +99,35 @@ pub fn documents(
     let mut tokenizer = None;
     for arg in &args.data {
         let source = DataSource::parse(arg)?;
-        let is_npy =
-            matches!(&source, DataSource::File(path) if path.extension().is_some_and(|e| e == "npy"));
-        if tokenizer.is_none() && !is_npy && source != DataSource::SelfSampled {
+        if tokenizer.is_none() && needs_tokenizer(&source) {
             tokenizer = Some(loaded.tokenizer()?);
         }
         documents.extend(match (source, &tokenizer) {
             (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
             (DataSource::EnglishSmall, Some(tokenizer)) => data::english_small(split, tokenizer, ui)?,
-            (DataSource::SelfSampled, _) => data::self_sampled(exec, &loaded.model, &Default::default(), ui)?,
+            (DataSource::SelfSampled, _) => {
+                let defaults = SelfOptions::default();
+                let tokens = defaults.tokens.min(loaded.model.config.max_context);
+                data::self_sampled(exec, &loaded.model, &SelfOptions { tokens, ..defaults }, ui)?
+            }
             (DataSource::EnglishSmall, None) => bail!("english-small needs a tokenizer"),
         });
     }
-    check_vocab(&documents, loaded.model.config.vocab)?;
+    data::check_vocab(&documents, loaded.model.config.vocab)?;
     Ok(documents)
 }
 
-fn check_vocab(documents: &[Document], vocab: usize) -> Result<()> {
-    for document in documents {
-        if let Some(position) = document.tokens.iter().position(|&t| t as usize >= vocab) {
-            let token = document.tokens[position];
-            bail!(
-                "{}: token id {token} at position {position} is outside the vocabulary of {vocab}",
-                document.source
-            );
+/// Everything but token ids and the model's own text.
+fn needs_tokenizer(source: &DataSource) -> bool {
+    match source {
+        DataSource::File(path) => {
+            let name = path.to_string_lossy().to_ascii_lowercase();
+            let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
+            !name.ends_with(".npy")
         }
+        DataSource::EnglishSmall => true,
+        DataSource::SelfSampled => false,
     }
-    Ok(())
 }
 
 /// `tokens / context` sequences (at least one) drawn from the documents.

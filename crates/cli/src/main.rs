@@ -73,9 +73,15 @@ fn main() -> ExitCode {
 
 /// Prints an error with its causes, and chooses the exit code.
 fn report(error: &anyhow::Error) -> ExitCode {
-    let text = format!("{error:#}");
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        // Most errors of the libraries tell their cause themselves.
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
     eprintln!("error: {text}");
-    if error.is::<common::Usage>() {
+    if common::is_usage(error) {
         ExitCode::from(2)
     } else if text.starts_with("interrupted") {
         ExitCode::from(130)

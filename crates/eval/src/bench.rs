@@ -41,9 +41,20 @@ pub struct BenchResult {
 }
 
 /// Times prefill (in chunks, from an empty cache) and decoding at every depth, on random tokens. One warm-up chunk and step come first.
-pub fn bench(exec: &Exec, model: &Model, options: &BenchOptions, progress: &mut dyn Progress) -> Result<Vec<BenchResult>> {
-    if options.chunk == 0 || options.decode_steps == 0 || options.depths.is_empty() || options.depths.contains(&0) {
-        return Err(EvalError::Argument("bench needs at least one depth, and depths, chunk and decode steps of at least 1".into()));
+pub fn bench(
+    exec: &Exec,
+    model: &Model,
+    options: &BenchOptions,
+    progress: &mut dyn Progress,
+) -> Result<Vec<BenchResult>> {
+    if options.chunk == 0
+        || options.decode_steps == 0
+        || options.depths.is_empty()
+        || options.depths.contains(&0)
+    {
+        return Err(EvalError::Argument(
+            "bench needs at least one depth, and depths, chunk and decode steps of at least 1".into(),
+        ));
     }
     let mut depths = options.depths.clone();
     depths.sort_unstable();
@@ -87,7 +98,12 @@ pub fn bench(exec: &Exec, model: &Model, options: &BenchOptions, progress: &mut 
         }
         steps.sort_by(f64::total_cmp);
         let median = steps[steps.len() / 2];
-        results.push(BenchResult { depth, prefill_tok_s: depth as f64 / seconds, decode_tok_s: 1.0 / median, cache_bytes });
+        results.push(BenchResult {
+            depth,
+            prefill_tok_s: depth as f64 / seconds,
+            decode_tok_s: 1.0 / median,
+            cache_bytes,
+        });
     }
     progress.finish();
     Ok(results)

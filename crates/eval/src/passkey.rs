@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use weights::Tokenizer;
 
 const INTRO: &str = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it.\n";
-const NOISE: &str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n";
+const NOISE: &str =
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n";
 const QUESTION: &str = "What is the pass key? The pass key is";
 /// Digits of the hidden number.
 const DIGITS: usize = 5;
@@ -53,9 +54,16 @@ pub struct PasskeyPrompt {
 
 /// Builds sample `index` of `samples` for a context of `context` tokens: noise lines with the needle at the share
 /// `(index + ½) / samples` of them. The prompt and an answer of [`ANSWER_TOKENS`] fit the context.
-pub fn prompt(tokenizer: &Tokenizer, bos: Option<u32>, context: usize, index: usize, options: &PasskeyOptions) -> Result<PasskeyPrompt> {
+pub fn prompt(
+    tokenizer: &Tokenizer,
+    bos: Option<u32>,
+    context: usize,
+    index: usize,
+    options: &PasskeyOptions,
+) -> Result<PasskeyPrompt> {
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed ^ (context as u64) << 20 ^ index as u64);
-    let answer: String = (0..DIGITS).map(|i| char::from(b'0' + rng.random_range(u8::from(i == 0)..10))).collect();
+    let answer: String =
+        (0..DIGITS).map(|i| char::from(b'0' + rng.random_range(u8::from(i == 0)..10))).collect();
     let needle = format!("The pass key is {answer}. Remember it. {answer} is the pass key.\n");
     let render = |lines: usize| -> Result<Vec<u32>> {
         let depth = ((index as f64 + 0.5) / options.samples as f64 * (lines + 1) as f64) as usize;
@@ -70,7 +78,9 @@ pub fn prompt(tokenizer: &Tokenizer, bos: Option<u32>, context: usize, index: us
     };
     let room = context.saturating_sub(ANSWER_TOKENS);
     if render(0)?.len() > room {
-        return Err(EvalError::Argument(format!("a passkey prompt does not fit a context of {context} tokens; use at least 128")));
+        return Err(EvalError::Argument(format!(
+            "a passkey prompt does not fit a context of {context} tokens; use at least 128"
+        )));
     }
     // The largest number of noise lines that fits.
     let (mut low, mut high) = (0, context);

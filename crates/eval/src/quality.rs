@@ -5,6 +5,7 @@ use crate::text::{EvalText, Window};
 use kernels::{Exec, loss};
 use model::{Model, NoObserver, Progress, TokenBatch};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Rows of logits formed at a time, so that `[seq, vocab]` never exists whole.
 const ROWS: usize = 256;
@@ -60,7 +61,8 @@ struct Sums {
     tokens: usize,
 }
 
-/// Scores every model of `models` on the same windows. With a `base`, each is also compared with it (the base runs once per window).
+/// Scores every model of `models` on the same windows. With a `base`, each is also compared with it; the base runs once per window, also when it is
+/// itself (the same reference) among the models.
 /// `progress` advances by tokens times models.
 pub fn evaluate(
     exec: &Exec,
@@ -69,9 +71,8 @@ pub fn evaluate(
     texts: &[EvalText],
     progress: &mut dyn Progress,
 ) -> Result<Vec<Quality>> {
-    let passes = models.len() + usize::from(base.is_some());
     let total: usize = texts.iter().flat_map(|t| &t.windows).map(|w| w.tokens.len()).sum();
-    progress.start("evaluate", (total * passes) as u64, "tok");
+    progress.start("evaluate", (total * models.len()) as u64, "tok");
     let mut sums = vec![vec![Sums::default(); texts.len()]; models.len()];
     for (file, text) in texts.iter().enumerate() {
         for window in &text.windows {
@@ -79,12 +80,26 @@ pub fn evaluate(
                 return Err(EvalError::Interrupted);
             }
             let base_hidden = base.map(|b| hidden(exec, b, window)).transpose()?;
-            for (m, model) in models.iter().enumerate() {
-                let own = hidden(exec, model, window)?;
-                let reference = base.zip(base_hidden.as_deref());
-                score(exec, model, &own, reference, window, &mut sums[m][file]);
+            let mut hiddens = Vec::with_capacity(models.len());
+            for &model in models {
+                hiddens.push(match (&base_hidden, base) {
+                    (Some(of_base), Some(base)) if std::ptr::eq(base, model) => of_base.clone(),
+                    _ => hidden(exec, model, window)?,
+                });
             }
-            progress.advance((window.tokens.len() * passes) as u64, &text.name);
+            let mut row = window.score_from - 1;
+            let end = window.tokens.len() - 1;
+            while row < end {
+                let rows = row..(row + ROWS).min(end);
+                let teacher = base.zip(base_hidden.as_deref()).map(|(b, h)| logits(exec, b, h, &rows));
+                for ((model, own), sums) in models.iter().zip(&hiddens).zip(&mut sums) {
+                    let student = logits(exec, model, own, &rows);
+                    let targets = &window.tokens[rows.start + 1..rows.end + 1];
+                    sums[file].add(exec, model.config.vocab, &student, teacher.as_deref(), targets);
+                }
+                row = rows.end;
+            }
+            progress.advance((window.tokens.len() * models.len()) as u64, &text.name);
         }
     }
     progress.finish();
@@ -98,32 +113,33 @@ fn hidden(exec: &Exec, model: &Model, window: &Window) -> Result<Vec<f32>> {
     Ok(model.forward_batch(exec, &batch, &mut NoObserver, None)?)
 }
 
-fn score(exec: &Exec, model: &Model, own: &[f32], base: Option<(&Model, &[f32])>, window: &Window, sums: &mut Sums) {
+fn logits(exec: &Exec, model: &Model, hidden: &[f32], rows: &Range<usize>) -> Vec<f32> {
     let d_model = model.config.d_model;
-    let vocab = model.config.vocab;
-    let mut row = window.score_from - 1;
-    let end = window.tokens.len() - 1;
-    while row < end {
-        let n = ROWS.min(end - row);
-        let slice = row * d_model..(row + n) * d_model;
-        let logits = model.logits(exec, &own[slice.clone()]);
-        let mut nll = vec![0.0; n];
-        loss::cross_entropy(exec, &logits, vocab, &window.tokens[row + 1..row + 1 + n], 1.0, &mut nll, None);
-        sums.nll += nll.iter().map(|&x| f64::from(x)).sum::<f64>();
-        if let Some((base, base_hidden)) = base {
-            let teacher = base.logits(exec, &base_hidden[slice]);
-            let mut kl = vec![0.0; n];
-            loss::kl_divergence(exec, &teacher, &logits, vocab, 1.0, &mut kl, None);
-            sums.kl += kl.iter().map(|&x| f64::from(x)).sum::<f64>();
-            sums.agree += teacher.chunks(vocab).zip(logits.chunks(vocab)).filter(|(a, b)| argmax(a) == argmax(b)).count();
+    model.logits(exec, &hidden[rows.start * d_model..rows.end * d_model])
+}
+
+impl Sums {
+    /// Adds rows of logits that predict `targets`.
+    fn add(&mut self, exec: &Exec, vocab: usize, student: &[f32], teacher: Option<&[f32]>, targets: &[u32]) {
+        let sum = |values: &[f32]| values.iter().map(|&x| f64::from(x)).sum::<f64>();
+        let mut per_row = vec![0.0; targets.len()];
+        loss::cross_entropy(exec, student, vocab, targets, 1.0, &mut per_row, None);
+        self.nll += sum(&per_row);
+        if let Some(teacher) = teacher {
+            loss::kl_divergence(exec, teacher, student, vocab, 1.0, &mut per_row, None);
+            self.kl += sum(&per_row);
+            let rows = teacher.chunks(vocab).zip(student.chunks(vocab));
+            self.agree += rows.filter(|(a, b)| argmax(a) == argmax(b)).count();
         }
-        sums.tokens += n;
-        row += n;
+        self.tokens += targets.len();
     }
 }
 
 fn argmax(row: &[f32]) -> usize {
-    row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best }).0
+    row.iter()
+        .enumerate()
+        .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best })
+        .0
 }
 
 fn summarise(texts: &[EvalText], sums: &[Sums], compared: bool) -> Quality {

@@ -1,6 +1,7 @@
 //! Evaluation text as scored windows of token ids.
 
 use crate::error::{EvalError, Result};
+use train::TrainError;
 use train::data::Document;
 
 /// How text is cut and what is scored.
@@ -46,7 +47,11 @@ pub struct EvalText {
 pub fn windows(documents: &[Document], options: &WindowOptions) -> Result<Vec<EvalText>> {
     let bos_len = usize::from(options.bos.is_some());
     if options.context < 2 + bos_len {
-        return Err(EvalError::Argument(format!("context {} leaves nothing to score; it must be at least {}", options.context, 2 + bos_len)));
+        return Err(EvalError::Argument(format!(
+            "context {} leaves nothing to score; it must be at least {}",
+            options.context,
+            2 + bos_len
+        )));
     }
     let body = options.context - bos_len;
     if let Some(stride) = options.stride
@@ -69,7 +74,9 @@ pub fn windows(documents: &[Document], options: &WindowOptions) -> Result<Vec<Ev
     }
     texts.retain(|t| !t.windows.is_empty());
     if texts.is_empty() {
-        return Err(EvalError::Argument("the data holds no text to score (every document is shorter than 2 tokens)".into()));
+        return Err(EvalError::Train(TrainError::Data(
+            "there is nothing to score: every document is shorter than 2 tokens\nhint: give more text".into(),
+        )));
     }
     Ok(texts)
 }

@@ -5,6 +5,7 @@ use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::{Report, number};
 use std::path::PathBuf;
+use surgery::criteria;
 use surgery::stats::{AnalyzeOptions, analyze};
 use train::data::Split;
 
@@ -27,7 +28,12 @@ pub struct Args {
     #[arg(long, default_value_t = 1024)]
     context: usize,
     /// Criteria to score, comma-separated.
-    #[arg(long, value_delimiter = ',', default_value = "recency,window-error,kl-fisher,random,least-recent")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_parser = clap::builder::PossibleValuesParser::new(without_bank()),
+        default_value = "recency,window-error,kl-fisher,random,least-recent"
+    )]
     criteria: Vec<String>,
     /// Seed of the sequence order and of the drawn criteria.
     #[arg(long, default_value_t = 0)]
@@ -40,6 +46,11 @@ pub struct Args {
     html: Option<PathBuf>,
     #[command(flatten)]
     exec: ExecArgs,
+}
+
+/// Names of the criteria that are measured on the base model alone.
+fn without_bank() -> Vec<&'static str> {
+    criteria::ALL.iter().filter(|c| !c.source.needs_bank()).map(|c| c.name).collect()
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {

@@ -67,7 +67,10 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         let limits =
             GenerateLimits { max_new: args.sampling.max_tokens, stop_ids: &model.config.eos_token_ids };
         generate(&exec, model, &mut cache, &mut history, &fresh, &mut sampler, limits, |id| {
-            let written = text.push(id).map_err(anyhow::Error::from).and_then(|new| Ok(write!(out, "{new}").and_then(|()| out.flush())?));
+            let written = text
+                .push(id)
+                .map_err(anyhow::Error::from)
+                .and_then(|new| Ok(write!(out, "{new}").and_then(|()| out.flush())?));
             if let Err(error) = written {
                 failure = Some(error);
                 return false;

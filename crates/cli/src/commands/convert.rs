@@ -38,7 +38,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     check_output(&args.out, false)?;
     let checkpoint = open(&args.model, ui)?;
     let text = std::fs::read_to_string(&args.plan).with_context(|| args.plan.display().to_string())?;
-    let plan = HeadPlan::from_json(&text, &checkpoint.config)?;
+    let plan =
+        HeadPlan::from_json(&text, &checkpoint.config).with_context(|| args.plan.display().to_string())?;
     let bank = args.bank.as_ref().map(|path| HeadBank::read(path, &checkpoint.config)).transpose()?;
     let heads = args.heads.as_ref().map(|path| HeadsReport::read(path)).transpose()?;
     convert(&checkpoint, &plan, bank.as_ref(), heads.as_ref(), args.seed, &args.out, ui)?;

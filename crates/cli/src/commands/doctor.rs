@@ -8,7 +8,11 @@ use kernels::{Isa, measure};
 /// Show what this CPU can do, which instruction set is used, and its measured speed.
 ///
 /// RECURFORMER_ISA=scalar|avx2|avx512|neon forces an instruction set.
+///
+/// Example:
+///   recurformer doctor --threads 1
 #[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
 pub struct Args {
     #[command(flatten)]
     exec: ExecArgs,

@@ -73,7 +73,7 @@ pub struct SamplingArgs {
 impl SamplingArgs {
     /// The sampler.
     pub fn sampler(&self) -> Result<Sampler> {
-        Ok(Sampler::new(SamplerOptions {
+        Sampler::new(SamplerOptions {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
@@ -81,7 +81,7 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty,
             seed: self.seed,
         })
-        .map_err(|e| usage(e.to_string()))?)
+        .map_err(|e| usage(e.to_string()))
     }
 }
 

@@ -1,6 +1,6 @@
 //! `logits`: the raw output of a model for given token ids.
 
-use crate::common::{ExecArgs, load, usage};
+use crate::common::{ExecArgs, check_output, load, usage};
 use crate::ui::Ui;
 use anyhow::Result;
 use model::LogitRows;
@@ -31,6 +31,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     if args.tokens.is_empty() {
         return Err(usage("--tokens needs at least one id"));
     }
+    check_output(&args.out, true)?;
     let exec = args.exec.exec()?;
     let model = load(&args.model, ui)?.model;
     let logits = model.forward(&exec, &args.tokens, &mut model.new_cache(), LogitRows::All)?;

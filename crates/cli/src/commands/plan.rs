@@ -63,6 +63,9 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
         .criterion
         .clone()
         .unwrap_or_else(|| if bank.is_some() { "mixer-fisher" } else { "kl-fisher" }.to_string());
+    if criterion == "mixer-fisher" && bank.is_none() {
+        return Err(usage("criterion mixer-fisher is measured on a head bank: give --bank"));
+    }
     let mixer = match &bank {
         Some(bank) => bank.info.spec,
         None => {

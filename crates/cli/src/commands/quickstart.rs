@@ -306,7 +306,7 @@ impl Stage<'_> {
             max_tokens: Some(self.args.eval_tokens),
         };
         let texts = windows(&self.heldout, &options)?;
-        let refs: Vec<&Model> = models.iter().map(|m| &m.2).collect();
+        let refs: Vec<&Model> = std::iter::once(base).chain(models[1..].iter().map(|m| &m.2)).collect();
         let qualities = evaluate(&self.exec, Some(base), &refs, &texts, ui)?;
         let mut report = Report::default();
         for ((name, description, model), quality) in models.into_iter().zip(qualities) {

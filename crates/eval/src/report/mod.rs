@@ -103,8 +103,11 @@ impl Report {
 
     /// The comparison as a GitHub-flavoured Markdown table.
     pub fn to_markdown(&self) -> String {
-        let depths: Vec<usize> = self.variants.first().map(|v| v.decode_tok_s.iter().map(|d| d.0).collect()).unwrap_or_default();
-        let mut out = String::from("| model | groups converted | perplexity | KL to base | top-1 agreement | cache at 8k |");
+        let depths: Vec<usize> =
+            self.variants.first().map(|v| v.decode_tok_s.iter().map(|d| d.0).collect()).unwrap_or_default();
+        let mut out = String::from(
+            "| model | groups converted | perplexity | KL to base | top-1 agreement | cache at 8k |",
+        );
         depths.iter().for_each(|d| out.push_str(&format!(" decode tok/s at {d} |")));
         out.push_str("\n|---|---|---|---|---|---|");
         depths.iter().for_each(|_| out.push_str("---|"));
@@ -185,7 +188,12 @@ mod tests {
 
     #[test]
     fn markdown_has_a_cell_for_every_column() {
-        let row = VariantRow { name: "base".into(), ppl: Some(24.5), decode_tok_s: vec![(2048, 30.0), (8192, 10.0)], ..VariantRow::default() };
+        let row = VariantRow {
+            name: "base".into(),
+            ppl: Some(24.5),
+            decode_tok_s: vec![(2048, 30.0), (8192, 10.0)],
+            ..VariantRow::default()
+        };
         let text = Report { variants: vec![row], ..Report::default() }.to_markdown();
         let cells: Vec<usize> = text.lines().map(|l| l.matches('|').count()).collect();
         assert_eq!(cells, [9, 9, 9]);

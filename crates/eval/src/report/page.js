@@ -17,6 +17,7 @@
   };
   const fmt = (x) => {
     if (x === null || x === undefined) return "–";
+    if (Number.isInteger(x) && Math.abs(x) < 1e6) return String(x);
     const a = Math.abs(x);
     if (a !== 0 && (a >= 1e6 || a < 1e-3)) return x.toExponential(2);
     return a >= 1000 ? x.toFixed(0) : a >= 100 ? x.toFixed(1) : a >= 10 ? x.toFixed(2) : x.toFixed(3);
@@ -92,7 +93,7 @@
     const s = section("Heads", `${heads.tokens} tokens in sequences of ${heads.context}; rows are layers, columns are query heads. ` +
       (plan ? "Outlined groups are converted. " : "") + "Choose a cell (mouse, or Tab and Enter) to see where that head looks.");
     const maps = el("div", { class: "maps" });
-    const detail = el("div", { "aria-live": "polite" });
+    const detail = el("div", { class: "detail", "aria-live": "polite" });
     const stats = ["recency_ratio_16", "recency_ratio_64", "recency_ratio_128", "sink_mass", "mean_distance", "entropy", "prev_token_mass"];
     for (const stat of stats) maps.append(heatmap(stat, heads.layers.map((l) => l.heads.map((x) => x[stat])), 1));
     const criteria = Object.keys(heads.layers[0].groups[0].scores || {});
