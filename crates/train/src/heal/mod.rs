@@ -175,12 +175,12 @@ impl<'a> Run<'a> {
         if options.batch == 0 || options.accumulate == 0 {
             return Err(TrainError::Argument("batch and accumulate must be at least 1".into()));
         }
-        let dir = &options.state_dir;
-        std::fs::create_dir_all(dir)
-            .map_err(|e| TrainError::File { path: dir.clone(), reason: e.to_string() })?;
         let settings = state::settings(hybrid, data, options);
         let mut trainer = Trainer::new(exec, base, hybrid, options)?;
         state::restore(&mut trainer, hybrid, data, options, &settings, progress)?;
+        let dir = &options.state_dir;
+        std::fs::create_dir_all(dir)
+            .map_err(|e| TrainError::File { path: dir.clone(), reason: e.to_string() })?;
         let (log, kept) = MetricsLog::open(&dir.join("metrics.jsonl"), trainer.steps())?;
         let metrics = kept.into_iter().filter_map(|line| serde_json::from_value(line).ok()).collect();
         let per_step = (options.batch * options.accumulate * data.seq_len()) as u64;

@@ -1,0 +1,12 @@
+//! The built command, run as a user runs it, on tiny random models of every family. No network, no clock.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod common;
+mod errors;
+mod logits;
+mod pipeline;
+mod quickstart;
+#[cfg(unix)]
+mod resume;
+mod sources;
+mod text;
