@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Share, VOCAB, all_models, base, configs, exec, hybrid, plan, relative_error, specs, tokens};
+use kernels::Exec;
 use recurformer_model::{Cache, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch};
 
 /// Largest difference between orders of summation as a share of the logits' root mean square: f32 rounding (6e-8) through a few layers
@@ -64,6 +65,95 @@ fn a_batch_is_its_sequences() {
                 let found = &logits[s * 19 * VOCAB..(s + 1) * 19 * VOCAB];
                 let error = relative_error(found, &full(&model, tokens));
                 assert!(error < ORDER_TOLERANCE, "{name}, sequence {s}: {error:e}");
+            }
+        }
+    }
+}
+
+/// Lengths of the sequences of a batch: nothing, less than a window, and beyond it.
+const LENGTHS: [usize; 9] = [3, 0, 65, 1, 17, 8, 33, 2, 64];
+
+#[test]
+fn decoding_several_sequences_is_decoding_each() {
+    for config in configs() {
+        for (name, model) in all_models(&config) {
+            let exec = exec();
+            let prompt = tokens(65, 9);
+            let mut prefilled = LENGTHS.map(|_| model.new_cache());
+            for (len, cache) in LENGTHS.into_iter().zip(&mut prefilled) {
+                model.forward(&exec, &prompt[..len], cache, LogitRows::None).unwrap();
+            }
+            for n in [1, 2, 5, 9] {
+                let mut single = prefilled[..n].to_vec();
+                let mut batched = single.clone();
+                for step in 0..3 {
+                    let tokens = tokens(n, 10 + step);
+                    let mut caches: Vec<&mut Cache> = batched.iter_mut().collect();
+                    let found = model.decode_batch(&exec, &tokens, &mut caches).unwrap();
+                    let expected = each(&model, &exec, &tokens, &mut single);
+                    let error = relative_error(&found, &expected);
+                    assert!(error < ORDER_TOLERANCE, "{name}, {n} sequences, step {step}: {error:e}");
+                }
+                for (s, (batched, single)) in batched.iter_mut().zip(&mut single).enumerate() {
+                    assert_eq!((batched.len(), batched.bytes()), (LENGTHS[s] + 3, single.bytes()), "{name}");
+                    let [found, expected] = [batched, single]
+                        .map(|cache| model.forward(&exec, &prompt[..7], cache, LogitRows::All).unwrap());
+                    let error = relative_error(&found, &expected);
+                    assert!(error < ORDER_TOLERANCE, "{name}, {n} sequences, {s} went on: {error:e}");
+                }
+            }
+        }
+    }
+}
+
+fn each(model: &Model, exec: &Exec, tokens: &[u32], caches: &mut [Cache]) -> Vec<f32> {
+    let one = |(token, cache)| model.forward(exec, &[token], cache, LogitRows::Last).unwrap();
+    tokens.iter().copied().zip(caches).flat_map(one).collect()
+}
+
+#[test]
+fn threads_do_not_change_a_batch() {
+    let config = &configs()[1];
+    for (name, model) in all_models(config) {
+        let logits = [1, 2, 3].map(|threads| {
+            let exec = Exec::new(threads).unwrap();
+            let mut caches = LENGTHS.map(|_| model.new_cache());
+            let mut caches: Vec<&mut Cache> = caches.iter_mut().collect();
+            model.decode_batch(&exec, &tokens(9, 1), &mut caches).unwrap();
+            model.decode_batch(&exec, &tokens(9, 2), &mut caches).unwrap()
+        });
+        assert!(logits[0] == logits[1] && logits[0] == logits[2], "{name}");
+    }
+}
+
+#[test]
+fn a_bad_sequence_leaves_the_whole_batch_unchanged() {
+    let config = &configs()[0];
+    let exec = exec();
+    for spec in specs(config.head_dim) {
+        let base = base(config, 1);
+        let model = hybrid(&base, plan(config, spec, Share::Some), 2);
+        let mut caches = [5, 200, 0].map(|len| {
+            let mut cache = model.new_cache();
+            model.forward(&exec, &tokens(len, 1), &mut cache, LogitRows::None).unwrap();
+            cache
+        });
+        let before = caches.clone();
+        let mut foreign = base.new_cache();
+        let [a, full, b] = &mut caches;
+        assert!(model.decode_batch(&exec, &[], &mut []).unwrap().is_empty());
+        let error = model.decode_batch(&exec, &[1, 2], &mut [a, full]).unwrap_err();
+        assert!(matches!(error, ModelError::Context { requested: 201, limit: 200 }), "{error}");
+        let error = model.decode_batch(&exec, &[1, 99], &mut [b, a]).unwrap_err();
+        assert!(matches!(error, ModelError::Token { token: 99, position: 5, vocab: 37 }), "{error}");
+        let error = model.decode_batch(&exec, &[1, 2], &mut [a, &mut foreign]).unwrap_err();
+        assert!(matches!(error, ModelError::Cache(_)), "{error}");
+        for (mut cache, mut before) in caches.into_iter().zip(before) {
+            assert_eq!((cache.len(), cache.bytes()), (before.len(), before.bytes()));
+            if cache.len() < 200 {
+                let [found, expected] = [&mut cache, &mut before]
+                    .map(|cache| model.forward(&exec, &[3, 4], cache, LogitRows::All).unwrap());
+                assert_eq!(found, expected, "{spec:?}");
             }
         }
     }

@@ -146,7 +146,7 @@ impl Model {
         let LayerTape { qkv, out, lse, saved, .. } = memory;
         self.norm(exec, h, ids.input_norm, x);
         out.resize(rows * groups * per_group, 0.0);
-        self.project(exec, layer, x, (rows, seq, 0), qkv);
+        self.project(exec, layer, x, seq, &vec![0; batch.sequences], qkv);
         if ids.kept > 0 {
             let shape = self.attn_shape(ids.kept);
             let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);

@@ -129,16 +129,17 @@ impl Model {
         }
     }
 
-    /// Queries, keys and values of all kept groups of `rows` rows; row `r` has position `pos0 + r % seq_len`.
+    /// Queries, keys and values of all kept groups; `x` holds sequences of `seq_len` rows, the first of each at its position of `starts`.
     pub(super) fn project(
         &self,
         exec: &Exec,
         layer: usize,
         x: &[f32],
-        (rows, seq_len, pos0): (usize, usize, usize),
+        seq_len: usize,
+        starts: &[usize],
         qkv: &mut Qkv,
     ) {
-        let ids = &self.layout.layers[layer];
+        let (ids, rows) = (&self.layout.layers[layer], seq_len * starts.len());
         if ids.kept == 0 {
             *qkv = Qkv::default();
             return;
@@ -155,23 +156,24 @@ impl Model {
                 raw.clear();
                 self.project_block(exec, layer, block, x, rows, out);
             }
-            self.rotate(exec, out, ids.kept * block.rows, seq_len, pos0, Rotation::Forward);
+            self.rotate(exec, out, ids.kept * block.rows, seq_len, starts, Rotation::Forward);
         }
     }
 
-    /// RoPE of sequences of `seq_len` rows, `width` values each.
+    /// RoPE of sequences of `seq_len` rows, `width` values each; the first row of a sequence has its position of `starts`.
     pub(super) fn rotate(
         &self,
         exec: &Exec,
         x: &mut [f32],
         width: usize,
         seq_len: usize,
-        pos0: usize,
+        starts: &[usize],
         rotation: Rotation,
     ) {
-        for sequence in x.chunks_mut(seq_len * width) {
-            rope(exec, sequence, self.config.head_dim, &self.layout.inv_freq, seq_len, pos0, rotation);
-        }
+        assert_eq!(x.len(), starts.len() * seq_len * width, "rows to rotate");
+        exec.parallel_chunks(x, seq_len * width, |s, sequence| {
+            rope(exec, sequence, self.config.head_dim, &self.layout.inv_freq, seq_len, starts[s], rotation);
+        });
     }
 
     /// Embedding rows of `tokens`, `[tokens, d_model]`.

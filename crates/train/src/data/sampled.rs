@@ -3,7 +3,7 @@
 use super::{Document, SelfOptions};
 use crate::error::{Result, TrainError};
 use kernels::Exec;
-use model::{LogitRows, Model, Progress, Sampler, SamplerOptions};
+use model::{Cache, Model, ModelError, Progress, Sampler, SamplerOptions};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -11,17 +11,31 @@ use sha2::{Digest, Sha256};
 use std::path::Path;
 use weights::files::atomic_write;
 
+#[cfg(test)]
+mod tests;
+
 /// `source` of sampled documents.
 const SOURCE: &str = "self";
 
-/// Text sampled from `model` itself (temperature 1, seeded, several sequences at a time), cached in the user's cache folder by model hash.
+/// Changes with the way of sampling, so that text sampled in another way is not taken for this one's.
+const METHOD: &str = "fresh start after an end token";
+
+/// Most documents sampled together: a pass reads all weights, so the more share it the better.
+const MAX_BATCH: usize = 64;
+/// As many are sampled together at least, however large their caches.
+const MIN_BATCH: usize = 8;
+/// Bytes that the caches of documents sampled together may take.
+const CACHE_BYTES: usize = 1 << 30;
+
+/// Text sampled from `model` itself (temperature 1, seeded, several sequences in one pass), cached in the user's cache folder by model hash.
 ///
-/// Every document starts after the model's beginning-of-sequence token, or after a random token where it has none, and goes on past
-/// end-of-text tokens, so that all have `options.tokens` tokens.
+/// Every document starts after the model's beginning-of-sequence token, or after a random token where it has none. One that comes to an
+/// end token goes on with a fresh start, so that all have `options.tokens` tokens, none of them an end token; the start tokens are left out,
+/// too. A document's draws follow from `options.seed` and its number alone, not from the other documents.
 ///
 /// # Errors
-/// [`TrainError::Argument`] for empty options, [`TrainError::Model`] when a document exceeds the context, [`TrainError::Interrupted`];
-/// [`TrainError::Weights`] when the cache folder cannot be written.
+/// [`TrainError::Argument`] for empty options, [`TrainError::Model`] when a document exceeds the context, [`TrainError::Interrupted`],
+/// which leaves nothing behind; [`TrainError::File`] or [`TrainError::Weights`] when the cache folder cannot be written.
 pub fn self_sampled(
     exec: &Exec,
     model: &Model,
@@ -56,21 +70,8 @@ pub(super) fn self_sampled_in(
     if let Some(cached) = read_cached(&path, model.config.vocab, options) {
         return Ok(cached.into_iter().map(document).collect());
     }
-    progress.start("sampling text from the model", (documents * tokens) as u64, "tokens");
-    let mut sampled: Vec<Vec<u32>> = Vec::with_capacity(documents);
-    while sampled.len() < documents {
-        if progress.cancelled() {
-            return Err(TrainError::Interrupted);
-        }
-        let n = exec.threads().min(documents - sampled.len());
-        let first = sampled.len();
-        let single = exec.single();
-        for result in exec.parallel_map(n, |i| sample(&single, model, tokens, seed, (first + i) as u64)) {
-            sampled.push(result?);
-        }
-        progress.advance((n * tokens) as u64, "");
-    }
-    progress.finish();
+    let batch = (CACHE_BYTES / model.cache_bytes(tokens).max(1)).clamp(MIN_BATCH, MAX_BATCH);
+    let sampled = sample(exec, model, options, batch, progress)?;
     let json = serde_json::to_string(&Cached { documents: sampled.clone() })
         .map_err(|e| TrainError::File { path: path.clone(), reason: e.to_string() })?;
     atomic_write(&path, json.as_bytes())?;
@@ -89,33 +90,109 @@ fn read_cached(path: &Path, vocab: usize, options: &SelfOptions) -> Option<Vec<V
     fits.then_some(documents)
 }
 
-fn sample(exec: &Exec, model: &Model, tokens: usize, seed: u64, index: u64) -> Result<Vec<u32>> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(index);
-    let random = rng.random_range(0..model.config.vocab as u32);
-    let first = model.config.bos_token_id.unwrap_or(random);
-    let mut sampler = Sampler::new(SamplerOptions {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        seed: rng.random(),
-    })?;
-    let mut cache = model.new_cache();
-    let mut out = Vec::with_capacity(tokens);
-    let mut token = first;
-    for _ in 0..tokens {
-        let logits = model.forward(exec, &[token], &mut cache, LogitRows::Last)?;
-        token = sampler.sample(&logits, &out)?;
-        out.push(token);
+/// Documents by number, up to `batch` of them at a time: the next one takes the place of one that is full.
+pub(super) fn sample(
+    exec: &Exec,
+    model: &Model,
+    options: &SelfOptions,
+    batch: usize,
+    progress: &mut dyn Progress,
+) -> Result<Vec<Vec<u32>>> {
+    let SelfOptions { documents, tokens, seed } = *options;
+    // Known before the first of many steps.
+    if tokens > model.context_limit {
+        return Err(ModelError::Context { requested: tokens, limit: model.context_limit }.into());
     }
-    Ok(out)
+    progress.start("sampling text from the model", (documents * tokens) as u64, "tokens");
+    let mut finished = vec![Vec::new(); documents];
+    let mut waiting = 0..documents;
+    let mut active: Vec<Growing> = Vec::new();
+    loop {
+        for index in waiting.by_ref().take(batch.max(1) - active.len()) {
+            active.push(Growing::new(model, seed, index)?);
+        }
+        if active.is_empty() {
+            break;
+        }
+        if progress.cancelled() {
+            return Err(TrainError::Interrupted);
+        }
+        let inputs: Vec<u32> = active.iter().map(|document| document.next_input).collect();
+        let mut caches: Vec<&mut Cache> = active.iter_mut().map(|document| &mut document.cache).collect();
+        let logits = model.decode_batch(exec, &inputs, &mut caches)?;
+        let rows: Vec<_> = active.iter_mut().zip(logits.chunks(model.config.vocab)).collect();
+        let grown = exec.parallel_map_items(rows, |_, (document, logits)| document.grow(model, logits));
+        let mut new = 0;
+        for grown in grown {
+            new += u64::from(grown?);
+        }
+        for document in active.extract_if(.., |document| document.tokens.len() == tokens) {
+            finished[document.index] = document.tokens;
+        }
+        progress.advance(new, "");
+    }
+    progress.finish();
+    Ok(finished)
 }
 
-/// SHA-256 over names, shapes and values of all parameters.
+/// A document that is being sampled.
+struct Growing {
+    index: usize,
+    tokens: Vec<u32>,
+    cache: Cache,
+    next_input: u32,
+    rng: ChaCha8Rng,
+    sampler: Sampler,
+}
+
+impl Growing {
+    fn new(model: &Model, seed: u64, index: usize) -> Result<Self> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(index as u64);
+        let sampler =
+            Sampler::new(SamplerOptions { temperature: 1.0, seed: rng.random(), ..Default::default() })?;
+        let next_input = start_token(model, &mut rng);
+        Ok(Self { index, tokens: Vec::new(), cache: model.new_cache(), next_input, rng, sampler })
+    }
+
+    /// Takes the next token from `logits`; says whether the document became longer, which an end token does not make it.
+    fn grow(&mut self, model: &Model, logits: &[f32]) -> Result<bool> {
+        let ends = &model.config.eos_token_ids;
+        let token = if self.cache.len() == 1 {
+            // A fresh start that ended at once would be no progress.
+            let mut logits = logits.to_vec();
+            for &end in ends {
+                // A configuration may name an end token that the vocabulary lacks.
+                if let Some(logit) = logits.get_mut(end as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+            self.sampler.sample(&logits, &[])?
+        } else {
+            self.sampler.sample(logits, &[])?
+        };
+        let ended = ends.contains(&token);
+        if ended {
+            self.cache = model.new_cache();
+            self.next_input = start_token(model, &mut self.rng);
+        } else {
+            self.tokens.push(token);
+            self.next_input = token;
+        }
+        Ok(!ended)
+    }
+}
+
+/// What a document starts after.
+fn start_token(model: &Model, rng: &mut ChaCha8Rng) -> u32 {
+    model.config.bos_token_id.unwrap_or_else(|| rng.random_range(0..model.config.vocab as u32))
+}
+
+/// SHA-256 over the way of sampling, the configuration, the plan, and names, shapes and values of all parameters.
 fn model_digest(model: &Model) -> String {
     let mut digest = Sha256::new();
+    digest.update(METHOD);
+    digest.update(format!("{:?}", model.config));
     digest.update(model.plan.to_json());
     let mut bytes = Vec::new();
     for (_, param) in model.params.iter() {

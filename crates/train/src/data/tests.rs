@@ -1,10 +1,7 @@
 //! Formats, splits and the stream, on files made here.
 
 use super::file::{cut_point, read_with};
-use super::sampled::self_sampled_in;
 use super::*;
-use crate::testing::{tiny_config, tiny_model};
-use kernels::Exec;
 use model::Silent;
 use proptest::prelude::*;
 use std::fs;
@@ -298,28 +295,4 @@ fn brown_tags_become_readable_text() {
     let expected = "The jury said \"no evidence,\" and left (early). Why?\n\n\"I own and/or rent it?\"";
     assert_eq!(brown::plain_text(tagged), expected);
     assert_eq!(brown::plain_text("\n \n"), "");
-}
-
-#[test]
-fn sampled_text_is_reproducible_and_cached() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = tiny_model(&tiny_config(), 3);
-    let options = SelfOptions { documents: 5, tokens: 7, seed: 1 };
-    let sample = |threads, options: &SelfOptions, dir: &Path| {
-        self_sampled_in(&Exec::new(threads).unwrap(), &model, options, dir, &mut Silent).unwrap()
-    };
-    let first = sample(2, &options, dir.path());
-    assert_eq!(first.len(), 5);
-    assert!(first.iter().all(|d| d.tokens.len() == 7 && d.source == "self"));
-    assert_ne!(first[0], first[1]);
-    let elsewhere = tempfile::tempdir().unwrap();
-    assert_eq!(sample(1, &options, elsewhere.path()), first);
-    assert_ne!(sample(1, &SelfOptions { seed: 2, ..options.clone() }, dir.path()), first);
-    // The cached copy is used when it fits, and replaced when it does not.
-    let cached = fs::read_dir(elsewhere.path()).unwrap().next().unwrap().unwrap().path();
-    let text = fs::read_to_string(&cached).unwrap();
-    fs::write(&cached, text.replace(&format!("[[{}", first[0].tokens[0]), "[[0")).unwrap();
-    assert_eq!(sample(1, &options, elsewhere.path())[0].tokens[0], 0);
-    fs::write(&cached, &text[..text.len() / 2]).unwrap();
-    assert_eq!(sample(1, &options, elsewhere.path()), first);
 }

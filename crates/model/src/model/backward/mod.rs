@@ -276,7 +276,7 @@ impl Model {
         for (grad, width, norm, raw) in
             [(&mut dq, q_width, ids.q_norm, &qkv.q_raw), (&mut dk, kv_width, ids.k_norm, &qkv.k_raw)]
         {
-            self.rotate(exec, grad, width, seq, 0, Rotation::Inverse);
+            self.rotate(exec, grad, width, seq, &vec![0; batch.sequences], Rotation::Inverse);
             if let Some(norm) = norm {
                 let mut draw = vec![0.0; grad.len()];
                 let weight = self.params.data(norm);
