@@ -124,7 +124,10 @@ impl Report {
                 v.top1_agreement.map_or_else(dash, |x| format!("{:.1} %", 100.0 * x)),
                 v.cache_bytes_8k.map_or_else(dash, bytes),
             ));
-            v.decode_tok_s.iter().for_each(|(_, rate)| out.push_str(&format!(" {rate:.1} |")));
+            for depth in &depths {
+                let rate = v.decode_tok_s.iter().find(|d| d.0 == *depth);
+                out.push_str(&format!(" {} |", rate.map_or_else(dash, |d| format!("{:.1}", d.1))));
+            }
             out.push('\n');
         }
         out

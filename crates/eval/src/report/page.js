@@ -51,7 +51,7 @@
   if (data.variants.length) {
     const s = section("Comparison", "Perplexity is the geometric mean over the held-out files; KL is to the base model, nats per token.");
     const depths = data.variants[0].decode_tok_s.map((d) => d[0]);
-    const head = ["model", "converted", "perplexity", "KL", "top-1 agreement", "cache at 8k", ...depths.map((d) => `decode tok/s at ${d}`)];
+    const head = ["model", "converted", "perplexity", "KL", "top-1 agreement", "cache at 8k", ...depths.map((d) => `decode at ${d}, tok/s`)];
     const table = el("table", {}, el("thead", {}, el("tr", {}, ...head.map((h) => el("th", { scope: "col" }, h)))));
     const body = el("tbody");
     for (const v of data.variants) {
@@ -62,28 +62,26 @@
     }
     table.append(body);
     s.append(el("div", { class: "scroll" }, table));
-    const points = data.variants.filter((v) => v.ppl !== null && v.cache_bytes_8k !== null);
-    if (points.length > 1) s.append(scatter(points));
+    const base = data.variants[0];
+    const bars = el("div", { class: "columns" });
+    if (base.ppl) bars.append(ranking("Perplexity over the base's, per cent (logarithmic)", data.variants.slice(1), (v) => v.ppl && 100 * (v.ppl / base.ppl - 1), true));
+    bars.append(ranking("Cache at 8192 tokens, MiB", data.variants, (v) => v.cache_bytes_8k && v.cache_bytes_8k / 1048576, false));
+    s.append(bars);
   }
 
-  function scatter(points) {
-    const w = 640, h = 300, m = { l: 60, r: 20, t: 16, b: 40 };
-    const xs = points.map((p) => p.cache_bytes_8k / 1048576), ys = points.map((p) => Math.log10(p.ppl));
-    const x1 = Math.max(...xs) * 1.15, y0 = Math.min(...ys) - 0.05, y1 = Math.max(...ys) + 0.05;
-    const X = (v) => m.l + (v / x1) * (w - m.l - m.r), Y = (v) => h - m.b - ((v - y0) / (y1 - y0)) * (h - m.t - m.b);
-    const root = svg("svg", { viewBox: `0 0 ${w} ${h}`, width: w, role: "img", "aria-label": "Perplexity against cache size" });
-    root.append(svg("line", { x1: m.l, x2: w - m.r, y1: h - m.b, y2: h - m.b, class: "axis" }), svg("line", { x1: m.l, x2: m.l, y1: m.t, y2: h - m.b, class: "axis" }));
-    for (let i = 0; i <= 4; i += 1) {
-      root.append(svg("text", { x: X((x1 * i) / 4), y: h - m.b + 16, "text-anchor": "middle" }, fmt((x1 * i) / 4)));
-      const y = y0 + ((y1 - y0) * i) / 4;
-      root.append(svg("text", { x: m.l - 6, y: Y(y) + 4, "text-anchor": "end" }, fmt(10 ** y)));
-    }
-    root.append(svg("text", { x: w / 2, y: h - 6, "text-anchor": "middle" }, "cache at 8192 tokens, MiB"));
-    points.forEach((p, i) => {
-      root.append(svg("circle", { cx: X(xs[i]), cy: Y(ys[i]), r: 5, fill: i === 0 ? "var(--accent2)" : "var(--accent)" }));
-      root.append(svg("text", { x: X(xs[i]) + 8, y: Y(ys[i]) + 4 - (i % 2) * 12 }, p.name));
+  function ranking(title, variants, value, logarithmic) {
+    const rows = variants.map((v) => [v.name, value(v)]).filter((r) => r[1] !== null && Number.isFinite(r[1]));
+    const w = 480, rh = 24, left = 120, floor = 0.1;
+    const scale = (x) => (logarithmic ? Math.log10(Math.max(x, floor) / floor) : Math.max(x, 0));
+    const top = Math.max(...rows.map((r) => scale(r[1])), 1e-9);
+    const root = svg("svg", { viewBox: `0 0 ${w} ${rows.length * rh + 4}`, width: w, role: "img", "aria-label": title });
+    rows.forEach(([name, x], i) => {
+      const length = Math.max((scale(x) / top) * (w - left - 70), 1);
+      root.append(svg("text", { x: left - 8, y: i * rh + 16, "text-anchor": "end" }, name),
+        svg("rect", { x: left, y: i * rh + 4, width: length, height: rh - 8, fill: name.includes("ours") ? "var(--accent2)" : "var(--accent)" }),
+        svg("text", { x: left + length + 6, y: i * rh + 16 }, fmt(x)));
     });
-    return el("figure", {}, root, el("figcaption", {}, "Perplexity (logarithmic) against cache size: down and left is better."));
+    return el("figure", {}, el("h3", {}, title), root);
   }
 
   // Heads ------------------------------------------------------------------------------------------------------------------
