@@ -11,7 +11,7 @@ const TOLERANCE: f64 = 2e-5;
 
 const D: usize = 8;
 
-/// The definition in PROTOCOLS form: the whole T × T matrix in f64.
+/// The definition taken literally: the whole T × T matrix in f64.
 fn naive(sequences: &[(Vec<f32>, Vec<f32>)], scale: f64, sinks: &[usize]) -> HeadStats {
     let mut ratio = [Vec::new(), Vec::new(), Vec::new()];
     let (mut sink_mass, mut distance, mut entropy, mut prev) = (vec![], vec![], vec![], vec![]);
