@@ -1,6 +1,8 @@
 //! Wrong usage and bad data: one clear error with a hint, the right exit code, nothing left half-written.
 
 use crate::common::{Work, npy, random_tokens};
+#[cfg(unix)]
+use std::process::Command;
 
 fn without_hybrid() -> Work {
     let work = Work::with_model("llama3");
@@ -300,15 +302,10 @@ fn a_full_disk_leaves_nothing_behind() {
     let work = with_hybrid();
     let full = |blocks: u32, line: &str| {
         let inner = work.command(line);
-        let mut command = work.command("");
-        command = {
-            let mut shell = std::process::Command::new("sh");
-            shell.arg("-c").arg(format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\""));
-            shell.arg(command.get_program()).args(inner.get_args()).current_dir(work.path("."));
-            shell.env("RECURFORMER_CACHE", work.path(".cache"));
-            shell
-        };
-        command
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\""));
+        shell.arg(inner.get_program()).args(inner.get_args()).current_dir(work.path("."));
+        shell
     };
     let many = (0..200).map(|i| (i % 64).to_string()).collect::<Vec<_>>().join(",");
     for (blocks, line) in [

@@ -129,3 +129,16 @@ fn a_damaged_state_is_refused() {
     job.work.write("bank.state", &state[..state.len() / 2]);
     job.work.fails(1, &format!("{} --resume", job.line), &["bank.state"]);
 }
+
+#[test]
+fn what_cannot_be_resumed_just_stops() {
+    let work = Work::with_model("llama3");
+    let mut command = work.command("bench --model llama3 --depths 100000 --beyond-context --threads 1");
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    // A process that has not come to its handler yet is ended by the signal itself.
+    assert!(matches!(output.status.code(), None | Some(130)), "{output:?}");
+    assert!(output.stdout.is_empty());
+}

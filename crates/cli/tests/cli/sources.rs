@@ -67,10 +67,7 @@ fn a_hub_model_that_is_in_the_cache_while_offline() {
     for file in ["config.json", "model.safetensors"] {
         work.write(&format!("{snapshot}/{file}"), &work.read(&format!("llama3/{file}")));
     }
-    assert!(
-        work.ok("inspect somebody/tiny").contains("llama")
-            || work.ok("inspect somebody/tiny").contains("Llama")
-    );
+    assert!(work.ok("inspect somebody/tiny").to_lowercase().contains("llama"));
     assert!(work.ok("fetch somebody/tiny").contains("0123abcd"));
 }
 
