@@ -22,7 +22,7 @@ const METHOD: &str = "fresh start after an end token";
 
 /// Most documents sampled together: a pass reads all weights, so the more share it the better.
 const MAX_BATCH: usize = 64;
-/// As many are sampled together at least, however large their caches.
+/// Documents sampled together however large their caches: as many rows as the kernels for few rows take.
 const MIN_BATCH: usize = 8;
 /// Bytes that the caches of documents sampled together may take.
 const CACHE_BYTES: usize = 1 << 30;
@@ -70,8 +70,7 @@ pub(super) fn self_sampled_in(
     if let Some(cached) = read_cached(&path, model.config.vocab, options) {
         return Ok(cached.into_iter().map(document).collect());
     }
-    let batch = (CACHE_BYTES / model.cache_bytes(tokens).max(1)).clamp(MIN_BATCH, MAX_BATCH);
-    let sampled = sample(exec, model, options, batch, progress)?;
+    let sampled = sample(exec, model, options, batch_size(model.cache_bytes(tokens)), progress)?;
     let json = serde_json::to_string(&Cached { documents: sampled.clone() })
         .map_err(|e| TrainError::File { path: path.clone(), reason: e.to_string() })?;
     atomic_write(&path, json.as_bytes())?;
@@ -88,6 +87,15 @@ fn read_cached(path: &Path, vocab: usize, options: &SelfOptions) -> Option<Vec<V
     let fits = documents.len() == options.documents
         && documents.iter().all(|d| d.len() == options.tokens && d.iter().all(|&t| (t as usize) < vocab));
     fits.then_some(documents)
+}
+
+/// Documents to sample together, from the bytes of one's cache.
+fn batch_size(cache_bytes: usize) -> usize {
+    match CACHE_BYTES / cache_bytes.max(1) {
+        // Matrix products of a few rows more than the kernels for few rows take are slower per row.
+        n if n < 2 * MIN_BATCH => MIN_BATCH,
+        n => n.min(MAX_BATCH),
+    }
 }
 
 /// Documents by number, up to `batch` of them at a time: the next one takes the place of one that is full.

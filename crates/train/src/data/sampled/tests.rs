@@ -163,6 +163,15 @@ fn what_cannot_be_sampled_is_an_error_at_once() {
 }
 
 #[test]
+fn batches_fit_the_memory() {
+    for (bytes, expected) in
+        [(0, 64), (1 << 20, 64), (CACHE_BYTES / 20, 20), (CACHE_BYTES / 15, 8), (usize::MAX, 8)]
+    {
+        assert_eq!(batch_size(bytes), expected, "{bytes}");
+    }
+}
+
+#[test]
 fn a_document_may_fill_the_context() {
     let model = tiny_model(&ModelConfig { max_context: 12, eos_token_ids: vec![], ..tiny_config() }, 3);
     let found = sample(&exec(), &model, &options(2, 12, 0), 2, &mut Silent).unwrap();
