@@ -50,7 +50,12 @@ fn check(results: &Value) {
     assert_eq!(base["kl"], 0.0);
     for row in rows {
         assert!(row["ppl"].as_f64().unwrap() > 1.0, "{row}");
-        assert_eq!(row["decode_tok_s"].as_array().unwrap().len(), 2, "{row}");
+        // A model of the same structure as another is not timed again.
+        let timed = row["decode_tok_s"].as_array().unwrap().len();
+        assert!(
+            timed == 2 || (timed == 0 && row["name"] != "base" && row["name"] != "ours, healed"),
+            "{row}"
+        );
     }
     assert_eq!((&base["converted"], &ours["converted"], &ours["total"]), (&0.into(), &2.into(), &4.into()));
     let bytes = |row: &Value| row["cache_bytes_8k"].as_u64().unwrap();
