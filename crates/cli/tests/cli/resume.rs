@@ -39,11 +39,12 @@ impl Job {
         std::fs::read_to_string(self.work.path(self.metrics)).map_or(0, |text| text.lines().count())
     }
 
-    /// Starts the job, waits for `steps` steps, sends the signal, and returns how the process ended and its stderr.
+    /// Starts the job, waits for `steps` new steps, sends the signal, and returns how the process ended and its stderr.
     fn interrupt(&self, more: &str, steps: usize, signal: &str) -> (ExitStatus, String) {
+        let enough = self.steps() + steps;
         let mut command = self.work.command(&format!("{} --save-every 0 {more}", self.line));
         let mut child: Child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        while self.steps() < steps && child.try_wait().unwrap().is_none() {
+        while self.steps() < enough && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(1));
         }
         let id = child.id().to_string();
@@ -73,16 +74,16 @@ impl Job {
         let (status, text) = self.interrupt("", 3, "-KILL");
         assert_eq!(status.code(), None, "{text}");
         assert!(!self.work.path(self.out).exists());
-        let (status, text) = self.interrupt("--resume", 8, "-KILL");
+        let (status, text) = self.interrupt("--resume", 5, "-KILL");
         assert_eq!(status.code(), None, "{text}");
-        let (status, text) = self.interrupt("--resume", 14, "-INT");
+        let (status, text) = self.interrupt("--resume", 6, "-INT");
         assert_eq!(status.code(), Some(130), "{text}");
         assert!(text.contains("error: interrupted") && text.contains("--resume"), "{text}");
-        let (status, text) = self.interrupt("--resume", 17, "-TERM");
+        let (status, text) = self.interrupt("--resume", 3, "-TERM");
         assert_eq!(status.code(), Some(130), "{text}");
         assert!(!self.work.path(self.out).exists());
-        let before = self.steps();
-        assert!(before >= 14, "resuming started over");
+        // A kill may lose the step that was being saved, no more.
+        assert!(self.steps() >= 3 + 5 + 6 + 3 - 2, "resuming started over");
         self.work.ok(&format!("{} --resume", self.line));
         assert_eq!(self.steps() as u32, TOKENS / 64, "each step is logged once");
         assert!(self.work.read(self.out) == reference, "the resumed run ended with other bytes");
