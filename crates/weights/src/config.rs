@@ -92,6 +92,7 @@ pub struct ModelConfig {
     /// Values per head.
     pub head_dim: usize,
     /// RMSNorm epsilon.
+    #[serde(serialize_with = "as_decimal")]
     pub rms_eps: f32,
     /// RoPE base.
     pub rope_theta: f64,
@@ -109,6 +110,11 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// Writes the shortest decimal that reads back as the same f32: 1e-5, not 9.999999747378752e-6.
+fn as_decimal<S: serde::Serializer>(value: &f32, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_f64(value.to_string().parse().unwrap_or(f64::from(*value)))
 }
 
 /// Upper bounds of the sizes in a configuration: far above any model of these families, low enough that no product of

@@ -32,6 +32,7 @@ impl AtomicFile {
     /// [`WeightsError::Io`].
     pub fn create(target: &Path) -> Result<Self> {
         let temp = tempfile::Builder::new()
+            .rand_bytes(TEMP_RANDOM)
             .prefix(&temp_prefix(target))
             .tempfile_in(parent(target))
             .map_err(WeightsError::io(target))?;
@@ -91,6 +92,7 @@ pub fn atomic_dir(out: &Path, existing: Existing) -> Result<AtomicDir> {
     let parent = parent(out);
     fs::create_dir_all(parent).map_err(WeightsError::io(parent))?;
     let temp = tempfile::Builder::new()
+        .rand_bytes(TEMP_RANDOM)
         .prefix(&temp_prefix(out))
         .tempdir_in(parent)
         .map_err(WeightsError::io(out))?;
@@ -115,6 +117,7 @@ impl AtomicDir {
         let mut old = None;
         if self.target.exists() {
             let aside = tempfile::Builder::new()
+                .rand_bytes(TEMP_RANDOM)
                 .prefix(&temp_prefix(&self.target))
                 .tempdir_in(parent(&self.target))
                 .map_err(&io)?;
@@ -131,6 +134,30 @@ impl AtomicDir {
         let _ = self.temp.keep();
         sync_dir(parent(&self.target)).map_err(&io)
     }
+}
+
+/// Removes what processes killed in the middle of writing `target` left beside it: the temporary files and folders of exactly that
+/// name. Only for the one who is about to write `target`; another writer of the same target would lose its work.
+///
+/// # Errors
+/// [`WeightsError::Io`]; a folder that is missing holds nothing to remove.
+pub fn remove_stale(target: &Path) -> Result<()> {
+    let entries = match fs::read_dir(parent(target)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(WeightsError::io(parent(target)))?,
+    };
+    let prefix = temp_prefix(target);
+    for entry in entries {
+        let path = entry.map_err(WeightsError::io(parent(target)))?.path();
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        let random = name.strip_prefix(prefix.as_encoded_bytes()).unwrap_or_default();
+        if random.len() == TEMP_RANDOM && random.iter().all(u8::is_ascii_alphanumeric) {
+            let is_dir = fs::symlink_metadata(&path).is_ok_and(|m| m.is_dir());
+            let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(WeightsError::io(&path))?;
+        }
+    }
+    Ok(())
 }
 
 fn check_target(out: &Path, existing: Existing) -> Result<()> {
@@ -150,6 +177,9 @@ fn check_target(out: &Path, existing: Existing) -> Result<()> {
 fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
+
+/// Random characters after a temporary name's prefix.
+const TEMP_RANDOM: usize = 6;
 
 fn temp_prefix(path: &Path) -> std::ffi::OsString {
     let mut prefix = std::ffi::OsString::from(".");

@@ -53,7 +53,11 @@ impl Tokenizer {
                      AutoTokenizer.from_pretrained(…).save_pretrained(…))",
                     dir.display()
                 )),
-                None => WeightsError::Tokenizer(format!("{} has no tokenizer.json", dir.display())),
+                None => WeightsError::Tokenizer(format!(
+                    "{} has no tokenizer.json\nhint: copy tokenizer.json and tokenizer_config.json of the original model there, or give \
+                     token ids (--tokens, .npy files)",
+                    dir.display()
+                )),
             });
         }
         let json = std::fs::read(&path).map_err(WeightsError::io(&path))?;

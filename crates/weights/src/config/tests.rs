@@ -172,3 +172,14 @@ fn tensor_shapes_cover_every_family() {
     assert_eq!(qwen3.len(), 3 + 2 * 11);
     assert!(qwen3.contains(&("model.layers.1.self_attn.o_proj.weight".into(), vec![64, 512])));
 }
+
+#[test]
+fn the_epsilon_is_written_as_people_write_it() {
+    for (eps, decimal) in [(1e-5_f32, 1e-5), (1e-6, 1e-6), (0.1, 0.1), (f32::MIN_POSITIVE, 1.1754944e-38)] {
+        let mut config = parse("llama", json!({}));
+        config.rms_eps = eps;
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!(json["rms_eps"].as_f64(), Some(decimal));
+        assert_eq!(serde_json::from_value::<ModelConfig>(json).unwrap(), config);
+    }
+}

@@ -94,3 +94,30 @@ fn a_full_disk_leaves_nothing() {
     assert!(status.success());
     assert!(names(dir.path()).is_empty());
 }
+
+#[test]
+fn only_temporaries_of_the_same_target_are_stale() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    // As a kill leaves them.
+    std::mem::forget(AtomicFile::create(&out).unwrap());
+    let built = atomic_dir(&out, Existing::Refuse).unwrap();
+    fs::write(built.path().join("half"), "").unwrap();
+    std::mem::forget(built);
+    assert_eq!(names(dir.path()).len(), 2);
+    let others = [
+        ".out.tmp-",
+        ".out.tmp-abc",
+        ".out.tmp-abcd-f",
+        ".out.tmp-abcdefg",
+        ".out2.tmp-abcdef",
+        "out.tmp-abcdef",
+        "out",
+    ];
+    others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+    remove_stale(&out).unwrap();
+    let mut expected = others.map(String::from);
+    expected.sort();
+    assert_eq!(names(dir.path()), expected);
+    remove_stale(&dir.path().join("missing/out")).unwrap();
+}

@@ -86,8 +86,7 @@ pub(super) fn to_hf_json(
     path: &Path,
 ) -> Result<serde_json::Value> {
     let family = family(metadata, path)?;
-    let keys =
-        Keys { metadata, arch: if family == Family::Mistral { "llama" } else { family.model_type() }, path };
+    let keys = Keys { metadata, arch: family.model_type(), path };
     refuse_unsupported(&keys)?;
     let vocab =
         tensors.iter().find(|t| t.name == "token_embd.weight").and_then(|t| t.shape.first()).ok_or_else(
