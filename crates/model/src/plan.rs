@@ -3,6 +3,7 @@
 
 use crate::error::{ModelError, Result};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use weights::{Family, ModelConfig};
 
 #[cfg(test)]
@@ -142,7 +143,7 @@ fn bad<T>(reason: String) -> Result<T> {
     Err(ModelError::Plan(reason))
 }
 
-fn expect_eq<T: PartialEq + std::fmt::Display>(what: &str, expected: T, found: T) -> Result<()> {
+fn expect_eq<T: PartialEq + fmt::Display>(what: &str, expected: T, found: T) -> Result<()> {
     if expected == found {
         return Ok(());
     }
@@ -158,6 +159,14 @@ impl RecurrentKind {
             Self::Mamba2 => "mamba2",
             Self::GatedDelta => "gated-delta",
         }
+    }
+}
+
+impl fmt::Display for MixerSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { recurrent, window, sinks, d_state, d_conv } = self;
+        let kind = recurrent.name();
+        write!(f, "mixer {kind}, window {window}, sinks {sinks}, d_state {d_state}, d_conv {d_conv}")
     }
 }
 
@@ -206,6 +215,15 @@ impl MixerSpec {
 
 fn describe_range(low: usize, high: usize) -> String {
     if low == high { low.to_string() } else { format!("{low} to {high}") }
+}
+
+impl fmt::Display for PlanModel {
+    /// What a message says of the model: family, layers, heads, KV heads and head size.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { family, layers, heads, kv_heads, head_dim } = self;
+        let family = family.model_type();
+        write!(f, "family {family}, {layers} layers, {heads} heads, {kv_heads} KV heads, head_dim {head_dim}")
+    }
 }
 
 impl PlanModel {

@@ -1,4 +1,5 @@
 use super::*;
+use proptest::prelude::*;
 use weights::RopeScaling;
 
 fn config() -> ModelConfig {
@@ -134,5 +135,57 @@ fn mixer_ranges() {
         (false, spec(None, 16, 1, 0, 4)),
     ] {
         assert_eq!(s.is_ok(), ok, "{s:?}");
+    }
+}
+
+/// Any plan that fits [`config`], valid or not in its mixer and beta.
+fn any_plan() -> impl Strategy<Value = HeadPlan> {
+    let kind = prop_oneof![
+        Just(RecurrentKind::None),
+        Just(RecurrentKind::Mamba),
+        Just(RecurrentKind::Mamba2),
+        Just(RecurrentKind::GatedDelta)
+    ];
+    let spec = (kind, 0usize..70_000, 0usize..5, 0usize..20, 0usize..10).prop_map(
+        |(recurrent, window, sinks, d_state, d_conv)| MixerSpec { recurrent, window, sinks, d_state, d_conv },
+    );
+    let group = (any::<bool>(), proptest::option::of(-1e9..1e9)).prop_map(|(converted, score)| GroupPlan {
+        mixer: if converted { GroupMixer::Recurrent } else { GroupMixer::Attention },
+        score,
+    });
+    let groups = proptest::collection::vec(group, 4);
+    (proptest::option::of(spec), groups, 0.0..1.1, 0usize..3).prop_map(|(mixer, groups, beta, keep)| {
+        HeadPlan {
+            mixer,
+            beta,
+            keep_at_least_per_layer: keep,
+            layers: groups.chunks(2).map(|g| LayerPlan { groups: g.to_vec() }).collect(),
+            ..HeadPlan::empty(&config())
+        }
+    })
+}
+
+proptest! {
+    #[test]
+    fn plans_that_are_valid_survive_and_no_other_is_read(plan in any_plan()) {
+        match HeadPlan::from_json(&plan.to_json(), &config()) {
+            Ok(again) => prop_assert_eq!(again, plan),
+            Err(_) => prop_assert!(plan.validate(&config()).is_err()),
+        }
+    }
+
+    #[test]
+    fn damaged_text_is_refused_or_a_plan(changes in proptest::collection::vec((0usize..2000, any::<u8>()), 1..6)) {
+        let mut bytes = some_converted().to_json().into_bytes();
+        for (at, byte) in changes {
+            let at = at % bytes.len();
+            bytes[at] = byte;
+        }
+        if let Ok(text) = std::str::from_utf8(&bytes)
+            && let Ok(plan) = HeadPlan::from_json(text, &config())
+        {
+            prop_assert!(plan.validate(&config()).is_ok());
+            prop_assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
+        }
     }
 }
