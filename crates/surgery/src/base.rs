@@ -20,21 +20,8 @@ pub fn check_model(what: &str, found: &PlanModel, config: &ModelConfig) -> Resul
         return Ok(());
     }
     Err(SurgeryError::Argument(format!(
-        "{what} is for another model: it has {}, this model has {}",
-        describe(found),
-        describe(&expected)
+        "{what} is for another model: it has {found}, this model has {expected}\nhint: make it anew for this model"
     )))
-}
-
-fn describe(model: &PlanModel) -> String {
-    format!(
-        "family {}, {} layers, {} heads, {} KV heads, head_dim {}",
-        model.family.model_type(),
-        model.layers,
-        model.heads,
-        model.kv_heads,
-        model.head_dim
-    )
 }
 
 /// Attention projections and norms of one layer, read from a checkpoint.

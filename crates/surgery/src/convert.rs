@@ -197,7 +197,7 @@ fn check(
     })?;
     match bank {
         Some(bank) if bank.info.spec != spec => Err(SurgeryError::Argument(format!(
-            "the plan asks for {spec:?}, the head bank holds {:?}\nhint: plan with this bank",
+            "the plan asks for {spec}; the head bank holds {}\nhint: plan with this bank",
             bank.info.spec
         ))),
         _ => Ok(Some(HeadLayout::new(spec, config))),

@@ -2,6 +2,8 @@ use super::*;
 use crate::testing::{config, exec, model, spec, tokens};
 use crate::{HeadsReport, stats};
 use model::{Model, RecurrentKind, Silent};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 fn heads(model: &Model) -> HeadsReport {
     let options = stats::AnalyzeOptions { criteria: vec![], ..Default::default() };
@@ -123,4 +125,28 @@ fn a_bank_that_does_not_fit_says_so() {
     let metadata = Metadata::from([(INFO_KEY.to_string(), serde_json::to_string(&good.info).unwrap())]);
     write_f32(&path, &[], &metadata).unwrap();
     assert!(message(HeadBank::read(&path, &config()).unwrap_err()).contains("0 tensors"));
+}
+
+#[test]
+fn damaged_banks_are_refused_or_read_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bank.safetensors");
+    bank(RecurrentKind::GatedDelta, 4).write(&path, &config()).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    // Header and description are where damage has ways to hide.
+    let head = good.len().min(6000);
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut refused = 0;
+    for _ in 0..1000 {
+        let mut bytes = good.clone();
+        for _ in 0..rng.random_range(1..5) {
+            bytes[rng.random_range(0..head)] = rng.random();
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        match HeadBank::read(&path, &config()) {
+            Ok(bank) => bank.check(&config()).unwrap(),
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 0);
 }

@@ -190,7 +190,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     assert!(message(bench.convert(&other, None, None)).contains("head plan"));
     let gated = plan(spec(RecurrentKind::GatedDelta, 4));
     let error = message(bench.convert(&gated, Some(&bank), None));
-    assert!(error.contains("GatedDelta") && error.contains("Mamba2") && error.contains("hint"), "{error}");
+    assert!(error.contains("gated-delta") && error.contains("mamba2") && error.contains("hint"), "{error}");
     let mut foreign = bank.clone();
     foreign.info.model.heads = 8;
     assert!(message(bench.convert(&plan(mamba2), Some(&foreign), None)).contains("8 heads"));

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
-use weights::files::{Existing, atomic_dir, atomic_write};
+use weights::files::{Existing, atomic_dir, atomic_write, remove_stale};
 use weights::safetensors::{Metadata, OutTensor, SINGLE_FILE, SafetensorsWriter};
 use weights::{Checkpoint, Dtype, TensorInfo, WeightsError};
 
@@ -73,6 +73,7 @@ pub fn write_checkpoint(
     out: &Path,
     progress: &mut dyn Progress,
 ) -> Result<()> {
+    remove_stale(out)?;
     let dir = atomic_dir(out, Existing::Refuse)?;
     atomic_write(&dir.path().join("config.json"), &pretty(&marked_config(source, out)?, out)?)?;
     atomic_write(&dir.path().join("head_plan.json"), plan.to_json().as_bytes())?;

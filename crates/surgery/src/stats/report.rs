@@ -43,11 +43,10 @@ impl HeadsReport {
     fn check(&self) -> std::result::Result<(), String> {
         let model = &self.model;
         if *model != PlanModel::of(&self.config) {
-            return Err(format!("`model` {model:?} and `config` {:?} disagree", PlanModel::of(&self.config)));
+            return Err(format!("`model` ({model}) and `config` ({}) disagree", PlanModel::of(&self.config)));
         }
-        if model.kv_heads == 0 || !model.heads.is_multiple_of(model.kv_heads) {
-            return Err(format!("{} heads do not divide into {} KV heads", model.heads, model.kv_heads));
-        }
+        // Bounded sizes: what is computed from them later cannot overflow.
+        self.config.validate().map_err(|e| format!("`config`: {e}"))?;
         if self.layers.len() != model.layers {
             return Err(format!("{} layers listed, expected {}", self.layers.len(), model.layers));
         }

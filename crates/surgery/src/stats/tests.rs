@@ -235,6 +235,16 @@ fn a_report_holds_everything_and_survives_the_disk() {
     assert!(tampered(&|j| j["layers"][0]["heads"] = serde_json::json!([])).contains("0 heads"));
     assert!(tampered(&|j| j["layers"][0]["heads"][0]["entropy"] = "x".into()).contains("heads.json"));
     assert!(tampered(&|j| *j = serde_json::json!([])).contains("version none"));
+    // Sizes whose products overflow.
+    for (key, size) in [("head_dim", 1_u64 << 62), ("head_dim", 0), ("kv_heads", 0), ("heads", u64::MAX / 2)]
+    {
+        let text = tampered(&|j| {
+            j["config"][key] = size.into();
+            j["model"][key] = size.into();
+        });
+        assert!(text.contains("heads.json") && text.contains("`config`"), "{text}");
+    }
+    assert!(tampered(&|j| j["config"]["d_model"] = (1_u64 << 62).into()).contains("hidden_size"));
 }
 
 #[test]
