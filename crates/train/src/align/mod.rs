@@ -133,7 +133,7 @@ fn check(base: &Model, bank: &HeadBank, options: &AlignOptions) -> Result<()> {
     let expected = PlanModel::of(&base.config);
     if bank.info.model != expected {
         return Err(TrainError::Argument(format!(
-            "the bank was made for {:?}, the model is {expected:?}",
+            "the bank was made for another model: it has {}, this model has {expected}\nhint: train a bank for this model",
             bank.info.model
         )));
     }

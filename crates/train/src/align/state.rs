@@ -8,6 +8,7 @@ use model::Progress;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 use surgery::{BankInfo, HeadBank};
+use weights::files::remove_stale;
 
 /// Where a run stands.
 #[derive(Debug, Serialize, Deserialize)]
@@ -46,6 +47,11 @@ impl Run<'_> {
     /// Takes up an interrupted run, or the moments of the run that made the bank.
     pub(super) fn restore(&mut self, data: &mut SequenceStream, progress: &mut dyn Progress) -> Result<()> {
         let path = with_suffix(&self.options.out, ".state");
+        for target in
+            [Some(&path), Some(&self.options.out), self.options.metrics.as_ref()].into_iter().flatten()
+        {
+            remove_stale(target)?;
+        }
         if self.options.resume {
             match load_state::<AlignState>(&path)? {
                 Some(state) => self.resume(&state, data, progress)?,
@@ -57,6 +63,8 @@ impl Run<'_> {
             && let Some(state) = load_state::<AlignState>(&path)?
         {
             self.extend(&state, data, progress)?;
+            // From here on the state is that of the extension, which may be interrupted and resumed as well.
+            self.save(data.position())?;
         }
         Ok(())
     }

@@ -158,6 +158,48 @@ fn a_finished_bank_is_extended_with_its_moments() {
 }
 
 #[test]
+fn an_interrupted_extension_resumes_to_the_same_bits() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 4);
+    // Extends a finished bank, interrupted after these many steps each time.
+    let extended = |interruptions: &[u64]| {
+        let dir = tempfile::tempdir().unwrap();
+        let options = AlignOptions { metrics: None, ..options(dir.path(), 6) };
+        let bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 3);
+        align(&exec, &base, bank, &mut stream(), &options, &mut Silent).unwrap();
+        let given = || HeadBank::read(&options.out, &base.config).unwrap();
+        let mut resume = false;
+        for &after in interruptions {
+            let options = AlignOptions { resume, ..options.clone() };
+            let result = align(&exec, &base, given(), &mut stream(), &options, &mut StopAfter::new(after));
+            assert!(matches!(result, Err(TrainError::Interrupted)));
+            resume = true;
+        }
+        let options = AlignOptions { resume, ..options.clone() };
+        align(&exec, &base, given(), &mut stream(), &options, &mut Silent).unwrap()
+    };
+    let whole = extended(&[]);
+    assert_eq!(extended(&[2]), whole);
+    assert_eq!(extended(&[0, 3, 1]), whole);
+}
+
+#[test]
+fn what_a_killed_save_left_is_removed() {
+    let exec = Exec::new(1).unwrap();
+    let base = tiny_model(&tiny_config(), 4);
+    let dir = tempfile::tempdir().unwrap();
+    let options = AlignOptions { resume: true, ..options(dir.path(), 2) };
+    let left =
+        ["bank.safetensors", "bank.safetensors.state", "align.jsonl"].map(|n| format!(".{n}.tmp-aB3dE6"));
+    let others = [".other.tmp-aB3dE6".to_string(), ".bank.safetensors.tmp-".to_string()];
+    left.iter().chain(&others).for_each(|name| std::fs::write(dir.path().join(name), b"half").unwrap());
+    let bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 3);
+    align(&exec, &base, bank, &mut stream(), &options, &mut Silent).unwrap();
+    assert!(left.iter().all(|name| !dir.path().join(name).exists()));
+    assert!(others.iter().all(|name| dir.path().join(name).exists()));
+}
+
+#[test]
 fn nan_stops_before_the_update_and_keeps_the_last_state() {
     let exec = Exec::new(2).unwrap();
     let mut base = tiny_model(&tiny_config(), 5);
@@ -237,5 +279,5 @@ fn unusable_arguments_are_named() {
     assert!(error.to_string().contains("lr is NaN"));
     bank.info.model.layers = 9;
     let error = align(&exec, &base, bank, &mut stream(), &options(dir.path(), 1), &mut Silent).unwrap_err();
-    assert!(error.to_string().contains("layers: 9"));
+    assert!(error.to_string().contains("9 layers"));
 }

@@ -9,9 +9,12 @@ use crate::state::{StateTensor, check_same_settings, load_state, save_state};
 use model::{Model, Progress};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use weights::files::remove_stale;
 
 const VERSION: u32 = 1;
 const FILE: &str = "state.safetensors";
+/// The metrics' file name beside the state.
+const METRICS: &str = "metrics.jsonl";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct HealState {
@@ -74,10 +77,12 @@ pub(super) fn restore(
     settings: &serde_json::Value,
     progress: &mut dyn Progress,
 ) -> Result<()> {
+    let path = options.state_dir.join(FILE);
+    remove_stale(&path)?;
+    remove_stale(&options.state_dir.join(METRICS))?;
     if !options.resume {
         return Ok(());
     }
-    let path = options.state_dir.join(FILE);
     let Some(state) = load_state::<HealState>(&path)? else {
         progress.note(&format!("{} does not exist: starting at the beginning", path.display()));
         return Ok(());

@@ -286,5 +286,10 @@ fn unusable_arguments_are_named() {
     assert!(new(&base, Trainable::Lora(0)).unwrap_err().contains("rank"));
     assert!(new(&base, Trainable::HeadsAndNorms).is_ok());
     let wider = model::ModelConfig { layers: 3, ..tiny_config() };
-    assert!(new(&tiny_model(&wider, 1), Trainable::All).unwrap_err().contains("base"));
+    let text = new(&tiny_model(&wider, 1), Trainable::All).unwrap_err();
+    assert!(
+        text.contains("expected family llama, 3 layers") && text.contains("found family llama, 2 layers"),
+        "{text}"
+    );
+    assert!(text.contains("\nhint: ") && !text.contains('{'), "{text}");
 }

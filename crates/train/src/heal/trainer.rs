@@ -72,7 +72,9 @@ impl<'a> Trainer<'a> {
         let (ours, theirs) = (PlanModel::of(&hybrid.config), PlanModel::of(&base.config));
         if ours != theirs || hybrid.config.vocab != base.config.vocab {
             return Err(TrainError::Argument(format!(
-                "the hybrid ({ours:?}) was not made of this base ({theirs:?})"
+                "the hybrid was not made of this base: expected {ours} and a vocabulary of {}, found {theirs} and {}\n\
+                 hint: give the model that was converted",
+                hybrid.config.vocab, base.config.vocab
             )));
         }
         let mut full = head_params(hybrid, options.projection_lr_scale);
