@@ -22,6 +22,16 @@ pub enum EvalError {
         /// What is wrong.
         reason: String,
     },
+    /// Two models that are to be compared do not speak the same tokens.
+    #[error(
+        "the base has a vocabulary of {expected}, the model one of {found}\nhint: compare with the model that was converted"
+    )]
+    Mismatch {
+        /// Vocabulary of the base.
+        expected: usize,
+        /// Vocabulary of the other.
+        found: usize,
+    },
     /// An argument cannot be met.
     #[error("{0}")]
     Argument(String),

@@ -64,6 +64,10 @@ struct Sums {
 /// Scores every model of `models` on the same windows. With a `base`, each is also compared with it; the base runs once per window, also when it is
 /// itself (the same reference) among the models.
 /// `progress` advances by tokens times models.
+///
+/// # Errors
+/// [`EvalError::Mismatch`] when a model's vocabulary is not the base's, [`EvalError::Model`] for tokens a model refuses,
+/// [`EvalError::Interrupted`].
 pub fn evaluate(
     exec: &Exec,
     base: Option<&Model>,
@@ -71,6 +75,12 @@ pub fn evaluate(
     texts: &[EvalText],
     progress: &mut dyn Progress,
 ) -> Result<Vec<Quality>> {
+    if let Some(base) = base {
+        let expected = base.config.vocab;
+        if let Some(found) = models.iter().map(|m| m.config.vocab).find(|&vocab| vocab != expected) {
+            return Err(EvalError::Mismatch { expected, found });
+        }
+    }
     let total: usize = texts.iter().flat_map(|t| &t.windows).map(|w| w.tokens.len()).sum();
     progress.start("evaluate", (total * models.len()) as u64, "tok");
     let mut sums = vec![vec![Sums::default(); texts.len()]; models.len()];

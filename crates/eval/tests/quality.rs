@@ -107,3 +107,14 @@ fn bench_reports_the_cache_that_the_model_predicts() {
     }
     assert!(bench(&exec, &model, &BenchOptions { depths: vec![0], ..options }, &mut Silent).is_err());
 }
+
+#[test]
+fn models_of_other_vocabularies_are_not_compared() {
+    let Golden { model, tokens, .. } = golden();
+    let texts = windows(&documents(&tokens), &options(64)).unwrap();
+    let mut other = model.clone();
+    other.config.vocab += 1;
+    let exec = Exec::new(1).unwrap();
+    let error = evaluate(&exec, Some(&other), &[&model], &texts, &mut Silent).unwrap_err().to_string();
+    assert!(error.contains(&(model.config.vocab + 1).to_string()) && error.contains("hint:"), "{error}");
+}
