@@ -108,7 +108,13 @@ pub fn documents(
             (DataSource::SelfSampled, _) => {
                 let defaults = SelfOptions::default();
                 let tokens = defaults.tokens.min(loaded.model.config.max_context);
-                data::self_sampled(exec, &loaded.model, &SelfOptions { tokens, ..defaults }, ui)?
+                // Nothing that is evaluated on was trained on.
+                let (documents, seed) = match split {
+                    Split::Train => (defaults.documents, 0),
+                    Split::Heldout => (defaults.documents / Split::HELDOUT_EVERY, 1),
+                };
+                let options = SelfOptions { documents, tokens, seed };
+                data::self_sampled(exec, &loaded.model, &options, ui)?
             }
             (DataSource::EnglishSmall, None) => bail!("english-small needs a tokenizer"),
         });
@@ -140,7 +146,7 @@ pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u6
 pub fn check_context(config: &ModelConfig, context: usize) -> Result<()> {
     if context < 2 || context > config.max_context {
         return Err(usage(format!(
-            "context {context} must be between 2 and the model's {}",
+            "context {context} must be between 2 and the model's {}\nhint: choose it with --context",
             config.max_context
         )));
     }

@@ -3,6 +3,7 @@
 
 mod commands;
 mod common;
+mod hints;
 mod ui;
 
 use clap::{Parser, Subcommand};
@@ -79,6 +80,11 @@ fn report(error: &anyhow::Error) -> ExitCode {
         if !text.contains(&cause) {
             text = format!("{text}: {cause}");
         }
+    }
+    if !text.contains("\nhint: ")
+        && let Some(hint) = hints::hint(error)
+    {
+        text = format!("{text}\nhint: {hint}");
     }
     eprintln!("error: {text}");
     if common::is_usage(error) {

@@ -105,7 +105,7 @@ impl Work {
         serde_json::from_str(&self.ok(line)).unwrap_or_else(|e| panic!("{line}: {e}"))
     }
 
-    /// Runs it and demands a failure: this exit code, one `error:` that says all of `needles`, nothing on stdout, no panic, and no file
+    /// Runs it and demands a failure: this exit code, one `error:` that says all of `needles` (with one `hint:` unless it is about usage), nothing on stdout, no panic, and no file
     /// made, changed or removed.
     pub fn fails(&self, code: i32, line: &str, needles: &[&str]) -> String {
         self.fails_as(&mut self.command(line), code, needles)
@@ -120,6 +120,9 @@ impl Work {
         assert!(run.stdout.is_empty(), "{what}");
         assert_eq!(run.stderr.matches("error: ").count(), 1, "{what}");
         assert!(!run.stderr.contains("panicked"), "{what}");
+        if code == 1 {
+            assert_eq!(run.stderr.matches("hint: ").count(), 1, "{what}");
+        }
         for needle in needles {
             assert!(run.stderr.contains(needle), "`{needle}` is not in\n{what}");
         }

@@ -43,7 +43,6 @@ fn wrong_usage_is_2() {
             "sinks",
         ),
         ("align --model llama3 --heads heads.json --data data.npy --context 257 --out x", "256"),
-        ("align --model llama3 --heads heads.json --data data.npy --extend --resume --out x", "--resume"),
         ("heal --model hybrid --base llama3 --data data.npy --train lora:0 --out x", "lora:RANK"),
         ("heal --model hybrid --base llama3 --data data.npy --stage bogus --out x", "bogus"),
         ("heal --model hybrid --base llama3 --data data.npy --context 32 --batch 0 --out x", "--batch"),
@@ -268,7 +267,9 @@ fn a_missing_tokenizer_is_named() {
     let work = Work::with_model("llama3");
     work.write("text.txt", b"some text");
     work.fails(1, "eval ppl --model llama3 --data text.txt --context 64", &["tokenizer.json"]);
-    work.fails(1, "generate --model llama3 --prompt hello", &["tokenizer.json"]);
+    work.fails(1, "generate --model llama3 --prompt hello", &["tokenizer.json", "hint:"]);
+    work.fails(1, "generate --model llama3 --tokens 1,2", &["tokenizer.json"]);
+    work.fails(1, "generate --model llama3 --tokens 1,2 --json --stop x", &["tokenizer.json"]);
     work.write("llama3/tokenizer.model", b"\0");
     work.fails(1, "generate --model llama3 --prompt hello", &["tokenizer.model"]);
     work.write("llama3/tokenizer.json", b"{}");
