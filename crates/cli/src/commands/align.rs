@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = MixerArg::Mamba2)]
     mixer: MixerArg,
     /// Tokens of the local attention window beside it; 0: none.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 64)]
     window: usize,
     /// First tokens the window always sees (default: 1 with a window).
     #[arg(long)]
@@ -66,8 +66,8 @@ pub struct Args {
     /// Seconds between training states on disk.
     #[arg(long, default_value_t = 120)]
     save_every: u64,
-    /// Train the existing bank at --out on more tokens.
-    #[arg(long, conflicts_with = "resume")]
+    /// Train the existing bank at --out on more tokens; with --resume, continue such a run.
+    #[arg(long)]
     extend: bool,
     /// JSONL file for the metrics.
     #[arg(long)]

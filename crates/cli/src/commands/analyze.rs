@@ -32,7 +32,7 @@ pub struct Args {
         long,
         value_delimiter = ',',
         value_parser = clap::builder::PossibleValuesParser::new(without_bank()),
-        default_value = "recency,window-error,kl-fisher,random,least-recent"
+        default_values = without_bank()
     )]
     criteria: Vec<String>,
     /// Seed of the sequence order and of the drawn criteria.

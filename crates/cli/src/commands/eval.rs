@@ -72,7 +72,7 @@ struct PasskeyArgs {
     #[arg(long)]
     base: Option<String>,
     /// Context lengths in tokens, comma-separated.
-    #[arg(long, value_delimiter = ',', default_value = "512,1024,2048")]
+    #[arg(long, visible_alias = "context", value_delimiter = ',', default_value = "512,1024,2048")]
     contexts: Vec<usize>,
     /// Prompts per context.
     #[arg(long, default_value_t = 12)]
@@ -109,7 +109,10 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
         (true, Some(id)) => Some(id),
         (true, None) => return Err(usage("--bos: the model names no beginning-of-sequence token")),
     };
-    let documents = documents(&args.data, Split::Heldout, &loaded, &exec, ui)?;
+    // `self` is text of the base model, and both models are judged on the same.
+    let sampled = args.data.data.iter().any(|arg| arg == "self");
+    let writer = base.as_ref().filter(|_| sampled).unwrap_or(&loaded);
+    let documents = documents(&args.data, Split::Heldout, writer, &exec, ui)?;
     let options =
         WindowOptions { context: args.context, stride: args.stride, bos, max_tokens: args.max_tokens };
     let texts = windows(&documents, &options)?;

@@ -1,6 +1,6 @@
 //! `generate`: continues a prompt.
 
-use crate::common::{ExecArgs, load, print_json, usage};
+use crate::common::{ExecArgs, Loaded, load, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use model::generate::{Finish, GenerateLimits, generate};
@@ -10,6 +10,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
+use weights::Tokenizer;
 use weights::tokenizer::StopStream;
 
 /// Continue a prompt, streaming the text.
@@ -26,10 +27,10 @@ pub struct Args {
     /// The prompt.
     #[arg(long, required_unless_present_any = ["prompt_file", "tokens"])]
     prompt: Option<String>,
-    /// Read the prompt from a file.
+    /// Read the prompt from a text file, or from a .npy file of int32 token ids.
     #[arg(long, conflicts_with = "prompt")]
     prompt_file: Option<PathBuf>,
-    /// The prompt as token ids, comma-separated.
+    /// The prompt as token ids, comma-separated; with --json no tokenizer is needed.
     #[arg(long, value_delimiter = ',', conflicts_with_all = ["prompt", "prompt_file"])]
     tokens: Option<Vec<u32>>,
     #[command(flatten)]
@@ -89,20 +90,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let mut sampler = args.sampling.sampler()?;
     let loaded = load(&args.model, ui)?;
-    let (model, tokenizer) = (&loaded.model, loaded.tokenizer()?);
-    let prompt = match (&args.tokens, &args.prompt_file, &args.prompt) {
-        (Some(tokens), _, _) => tokens.clone(),
-        (_, Some(path), _) => tokenizer
-            .encode(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?, true)?,
-        (_, _, Some(text)) => tokenizer.encode(text, true)?,
-        _ => return Err(usage("give --prompt, --prompt-file or --tokens")),
-    };
-    if prompt.is_empty() {
-        return Err(usage("the prompt holds no token"));
-    }
+    let model = &loaded.model;
+    let (prompt, tokenizer) = prompt(args, &loaded, ui)?;
     let mut cache = model.new_cache();
     let mut history = Vec::new();
-    let mut text = StopStream::new(&tokenizer, &args.sampling.stop);
+    let mut text = tokenizer.as_ref().map(|tokenizer| StopStream::new(tokenizer, &args.sampling.stop));
     let mut ids = Vec::new();
     let stop = ui.stop_flag();
     let clock = Instant::now();
@@ -113,6 +105,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let finish = generate(&exec, model, &mut cache, &mut history, &prompt, &mut sampler, limits, |id| {
         first_token.get_or_insert_with(|| clock.elapsed().as_secs_f64());
         ids.push(id);
+        let go_on = !stop.load(Ordering::SeqCst);
+        let Some(text) = &mut text else { return go_on };
         let emitted = text.push(id).map_err(anyhow::Error::from).and_then(|new| {
             if !args.json {
                 write!(out, "{new}").and_then(|()| out.flush())?;
@@ -123,14 +117,14 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             failure = Some(error);
             return false;
         }
-        !text.stopped() && !stop.load(Ordering::SeqCst)
+        !text.stopped() && go_on
     })?;
     if let Some(error) = failure {
         return Err(error);
     }
     let seconds = clock.elapsed().as_secs_f64();
-    let stopped = text.stopped();
-    let (rest, text) = text.finish()?;
+    let stopped = text.as_ref().is_some_and(StopStream::stopped);
+    let (rest, text) = text.map(StopStream::finish).transpose()?.unzip();
     if args.json {
         return print_json(&json!({
             "text": text, "tokens": ids, "prompt_tokens": prompt.len(),
@@ -138,7 +132,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             "first_token_s": first_token, "seconds": seconds, "cache_bytes": cache.bytes(), "cache_tokens": cache.len(),
         }));
     }
-    writeln!(out, "{rest}")?;
+    writeln!(out, "{}", rest.unwrap_or_default())?;
     let decode = (ids.len().max(1) - 1) as f64 / (seconds - first_token.unwrap_or(seconds)).max(1e-9);
     ui.say(&format!(
         "[{} + {} tokens; first after {:.2} s, then {decode:.1} tokens/s; cache {}]",
@@ -148,6 +142,35 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         eval::report::bytes(cache.bytes())
     ));
     Ok(())
+}
+
+/// The prompt's token ids, and the tokenizer: none when it is missing and neither the prompt nor the output is text.
+fn prompt(args: &Args, loaded: &Loaded, ui: &mut Ui) -> Result<(Vec<u32>, Option<Tokenizer>)> {
+    let ids = match (&args.tokens, &args.prompt_file) {
+        (Some(tokens), _) => Some(tokens.clone()),
+        (_, Some(path)) if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy")) => {
+            let documents = train::data::read_file(path, None, ui)?;
+            train::data::check_vocab(&documents, loaded.model.config.vocab)?;
+            Some(documents.into_iter().flat_map(|d| d.tokens).collect())
+        }
+        _ => None,
+    };
+    let only_ids = ids.is_some() && args.json && args.sampling.stop.is_empty();
+    let tokenizer = match loaded.tokenizer() {
+        Err(_) if only_ids => None,
+        other => Some(other?),
+    };
+    let ids = match (ids, &tokenizer, &args.prompt_file, &args.prompt) {
+        (Some(ids), ..) => ids,
+        (_, Some(tokenizer), Some(path), _) => tokenizer
+            .encode(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?, true)?,
+        (_, Some(tokenizer), _, Some(text)) => tokenizer.encode(text, true)?,
+        _ => return Err(usage("give --prompt, --prompt-file or --tokens")),
+    };
+    if ids.is_empty() {
+        return Err(usage("the prompt holds no token"));
+    }
+    Ok((ids, tokenizer))
 }
 
 fn finish_name(finish: Finish) -> &'static str {

@@ -22,7 +22,7 @@ pub struct Args {
     /// Head bank from `align`; decides the mixer.
     #[arg(long)]
     bank: Option<PathBuf>,
-    /// mixer-fisher (default with a bank), kl-fisher (default without), recency, window-error, random or least-recent.
+    /// How groups are chosen (default: mixer-fisher with a bank, kl-fisher without).
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(criteria::NAMES))]
     criterion: Option<String>,
     /// Share of the KV groups to convert, 0 to 1.

@@ -87,6 +87,8 @@ impl Job {
         self.work.ok(&format!("{} --resume", self.line));
         assert_eq!(self.steps() as u32, TOKENS / 64, "each step is logged once");
         assert!(self.work.read(self.out) == reference, "the resumed run ended with other bytes");
+        let left: Vec<_> = self.work.listing().into_keys().filter(|name| name.contains(".tmp-")).collect();
+        assert!(left.is_empty(), "left behind by a kill: {left:?}");
     }
 }
 
@@ -103,6 +105,21 @@ fn heal_heads() {
 #[test]
 fn heal_low_rank() {
     heal_job("lora:2").killed_and_interrupted();
+}
+
+#[test]
+fn an_extension_that_was_killed_goes_on() {
+    let job = align_job();
+    let short = job.line.replace(&format!("--tokens {TOKENS}"), "--tokens 128");
+    job.work.ok(&short);
+    let before = job.work.read("bank");
+    let (status, text) = job.interrupt("--extend", 3, "-KILL");
+    assert_eq!(status.code(), None, "{text}");
+    assert!(job.work.read("bank") == before, "the bank changes when the run is complete");
+    let out = job.work.ok(&format!("{} --extend --resume", job.line));
+    assert!(out.contains(&format!("after {} tokens", TOKENS + 128)), "{out}");
+    assert_eq!(job.steps() as u32, TOKENS / 64);
+    assert!(job.work.listing().into_keys().all(|name| !name.contains(".tmp-")));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Text in and out: data formats, `generate`, `chat`, `eval passkey`.
 
-use crate::common::{Work, some_text, succeed};
+use crate::common::{Work, npy, some_text, succeed};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::process::Stdio;
@@ -99,6 +99,23 @@ fn generate_samples_by_seed_stops_and_reports() {
     assert!(!limited["tokens"].as_array().unwrap().is_empty());
     let nothing = work.ok_json("generate --model hybrid --prompt whale --max-tokens 0 --json");
     assert_eq!((&nothing["text"], &nothing["finish"]), (&json!(""), &json!("length")));
+}
+
+#[test]
+fn token_ids_need_no_tokenizer() {
+    let work = Work::with_model("llama3");
+    let line = "generate --model llama3 --tokens 5,6,7 --max-tokens 4 --json";
+    let bare = work.ok_json(line);
+    assert_eq!((&bare["text"], &bare["prompt_tokens"]), (&Value::Null, &json!(3)));
+    work.write("ids.npy", &npy(&[5, 6, 7]));
+    let from_file = work.ok_json("generate --model llama3 --prompt-file ids.npy --max-tokens 4 --json");
+    work.add_tokenizer("llama3");
+    let with_text = work.ok_json(line);
+    assert!(with_text["text"].is_string());
+    for other in [from_file, with_text] {
+        assert_eq!(other["tokens"], bare["tokens"]);
+    }
+    work.fails(1, "generate --model llama3 --prompt-file none.npy --json", &["none.npy"]);
 }
 
 fn chat(work: &Work, lines: &str, more: &str) -> String {
