@@ -41,11 +41,14 @@ pub struct Args {
     /// Share of the KV groups to convert.
     #[arg(long, default_value_t = 0.5)]
     beta: f64,
+    /// Tokens of the local attention window beside each recurrence.
+    #[arg(long, default_value_t = 64)]
+    window: usize,
     /// Folder for everything that is made.
     #[arg(long, default_value = "recurformer-quickstart")]
     out: PathBuf,
     /// Tokens the replacement heads are trained on.
-    #[arg(long, default_value_t = 65_536)]
+    #[arg(long, default_value_t = 81_920)]
     align_tokens: u64,
     /// Tokens the hybrid is healed on.
     #[arg(long, default_value_t = 16_384)]
@@ -70,6 +73,7 @@ struct Settings {
     model: String,
     data: Vec<String>,
     beta: f64,
+    window: usize,
     align_tokens: u64,
     heal_tokens: u64,
     analyze_tokens: usize,
@@ -117,6 +121,7 @@ fn prepare_out(args: &Args) -> Result<()> {
         model: args.model.clone(),
         data: args.data.clone(),
         beta: args.beta,
+        window: args.window,
         align_tokens: args.align_tokens,
         heal_tokens: args.heal_tokens,
         analyze_tokens: args.analyze_tokens,
@@ -188,7 +193,7 @@ impl Stage<'_> {
             return Ok(HeadBank::read(&path, config)?);
         }
         ui.say("[3/8] align: training a replacement for every KV group");
-        let spec = MixerArg::Mamba2.spec(config, 16, None)?;
+        let spec = MixerArg::Mamba2.spec(config, self.args.window, None)?;
         let bank = init_bank(&self.base.model, spec, heads, self.args.seed)?;
         let options = AlignOptions {
             tokens: self.args.align_tokens,
@@ -256,6 +261,10 @@ impl Stage<'_> {
         let state_dir = self.path("healed.train");
         let options = HealOptions {
             tokens: self.args.heal_tokens,
+            // Few tokens: many small steps with a low peak (docs/log).
+            batch: 1,
+            lr: 6e-4,
+            warmup: 4,
             seed: self.args.seed,
             resume: state_dir.join("state.safetensors").exists(),
             state_dir,

@@ -62,16 +62,15 @@
     }
     table.append(body);
     s.append(el("div", { class: "scroll" }, table));
-    const base = data.variants[0];
     const bars = el("div", { class: "columns" });
-    if (base.ppl) bars.append(ranking("Perplexity over the base's, per cent (logarithmic)", data.variants.slice(1), (v) => v.ppl && 100 * (v.ppl / base.ppl - 1), true));
+    bars.append(ranking("KL to the base, nats per token (logarithmic)", data.variants.slice(1), (v) => v.kl, true));
     bars.append(ranking("Cache at 8192 tokens, MiB", data.variants, (v) => v.cache_bytes_8k && v.cache_bytes_8k / 1048576, false));
     s.append(bars);
   }
 
   function ranking(title, variants, value, logarithmic) {
     const rows = variants.map((v) => [v.name, value(v)]).filter((r) => r[1] !== null && Number.isFinite(r[1]));
-    const w = 480, rh = 24, left = 120, floor = 0.1;
+    const w = 480, rh = 24, left = 120, floor = 1e-3;
     const scale = (x) => (logarithmic ? Math.log10(Math.max(x, floor) / floor) : Math.max(x, 0));
     const top = Math.max(...rows.map((r) => scale(r[1])), 1e-9);
     const root = svg("svg", { viewBox: `0 0 ${w} ${rows.length * rh + 4}`, width: w, role: "img", "aria-label": title });
