@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
-/// What [`bench`] measures.
+/// What [`bench()`] measures.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
     /// Contexts at which decoding is timed, in tokens.
