@@ -1,8 +1,10 @@
 //! `quickstart`: the whole pipeline in one command, ending with a table and a report.
 
-use crate::common::{DataArgs, ExecArgs, Loaded, MixerArg, documents, load, sequences, usage};
+mod setup;
+
+use crate::common::{ExecArgs, Loaded, MixerArg, load, sequences, usage};
 use crate::ui::Ui;
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use eval::bench::{BenchOptions, BenchResult, bench};
 use eval::quality::evaluate;
 use eval::report::{Curve, Generation, Report, VariantRow};
@@ -11,14 +13,14 @@ use kernels::Exec;
 use model::generate::{GenerateLimits, generate};
 use model::plan::PlanCriterion;
 use model::{HeadPlan, MixerSpec, Model, Sampler, SamplerOptions};
-use serde::{Deserialize, Serialize};
+use setup::Settings;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use surgery::convert::{convert, convert_in_memory, save_model};
 use surgery::stats::{AnalyzeOptions, analyze};
 use surgery::{HeadBank, HeadsReport, bank::init_bank, criteria, select};
 use train::align::{AlignOptions, align};
-use train::data::{self, Document, SequenceStream, Split};
+use train::data::{Document, SequenceStream};
 use train::heal::{HealOptions, heal};
 
 /// Run the whole pipeline on a real model: fetch, analyze, align, plan, convert, heal, evaluate, generate.
@@ -66,20 +68,6 @@ pub struct Args {
     exec: ExecArgs,
 }
 
-/// Options that decide what the files in `--out` hold; a folder made with others is refused.
-#[derive(Serialize, Deserialize, PartialEq)]
-struct Settings {
-    version: String,
-    model: String,
-    data: Vec<String>,
-    beta: f64,
-    window: usize,
-    align_tokens: u64,
-    heal_tokens: u64,
-    analyze_tokens: usize,
-    seed: u64,
-}
-
 /// The row of our hybrid before healing.
 const UNHEALED: &str = "ours, unhealed";
 
@@ -91,6 +79,8 @@ struct Stage<'a> {
     train: Vec<Document>,
     heldout: Vec<Document>,
     context: usize,
+    /// What the text is, for the report.
+    text: String,
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
@@ -98,13 +88,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         return Err(usage(format!("--beta {} must be between 0 and 1", args.beta)));
     }
     let clock = Instant::now();
-    prepare_out(args)?;
+    let mut settings = Settings::prepare(args)?;
     let exec = args.exec.exec()?;
     ui.say(&format!("[1/8] fetch: {}", args.model));
     let base = load(&args.model, ui)?;
-    let (train, heldout) = text(args, &base, &exec, ui)?;
+    let (train, heldout) = settings.text(args, &base, &exec, ui)?;
     let context = 1024.min(base.model.config.max_context);
-    let stage = Stage { args, exec, base, train, heldout, context };
+    let stage = Stage { args, exec, base, train, heldout, context, text: settings.text_name() };
 
     let heads = stage.heads(ui)?;
     let bank = stage.bank(&heads, ui)?;
@@ -113,57 +103,6 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let mut report = stage.compare(&heads, &bank, &plan, &healed, ui)?;
     stage.generations(&healed, &mut report, ui)?;
     stage.finish(report, heads, plan, clock.elapsed().as_secs_f64(), ui)
-}
-
-fn prepare_out(args: &Args) -> Result<()> {
-    let settings = Settings {
-        version: env!("CARGO_PKG_VERSION").into(),
-        model: args.model.clone(),
-        data: args.data.clone(),
-        beta: args.beta,
-        window: args.window,
-        align_tokens: args.align_tokens,
-        heal_tokens: args.heal_tokens,
-        analyze_tokens: args.analyze_tokens,
-        seed: args.seed,
-    };
-    let path = args.out.join("quickstart.json");
-    if args.out.exists()
-        && args.out.read_dir().with_context(|| args.out.display().to_string())?.next().is_some()
-    {
-        let same = std::fs::read(&path)
-            .ok()
-            .and_then(|b| serde_json::from_slice::<Settings>(&b).ok())
-            .is_some_and(|s| s == settings);
-        if !same {
-            bail!(
-                "{} holds something else, or was made with other options\nhint: choose another --out, or remove it",
-                args.out.display()
-            );
-        }
-        return Ok(());
-    }
-    std::fs::create_dir_all(&args.out).with_context(|| format!("creating {}", args.out.display()))?;
-    weights::files::atomic_write(&path, &serde_json::to_vec_pretty(&settings)?)?;
-    Ok(())
-}
-
-/// Training and held-out documents; where no text can be had, text sampled from the model itself.
-fn text(args: &Args, base: &Loaded, exec: &Exec, ui: &mut Ui) -> Result<(Vec<Document>, Vec<Document>)> {
-    let chosen = DataArgs { data: args.data.clone() };
-    let built_in = args.data == ["english-small"];
-    let train = match documents(&chosen, Split::Train, base, exec, ui) {
-        Err(error) if built_in => {
-            ui.say(&format!("no built-in text ({error:#}); using `self`: text sampled from {}", args.model));
-            let own = DataArgs { data: vec!["self".into()] };
-            return Ok(data::split_pair(documents(&own, Split::Train, base, exec, ui)?));
-        }
-        other => other?,
-    };
-    if built_in {
-        return Ok((train, documents(&chosen, Split::Heldout, base, exec, ui)?));
-    }
-    Ok(data::split_pair(train))
 }
 
 impl Stage<'_> {
@@ -263,7 +202,7 @@ impl Stage<'_> {
             tokens: self.args.heal_tokens,
             // Few tokens: many small steps with a low peak (docs/log).
             batch: 1,
-            lr: 6e-4,
+            lr: 2e-4,
             warmup: 4,
             seed: self.args.seed,
             resume: state_dir.join("state.safetensors").exists(),
@@ -394,12 +333,13 @@ impl Stage<'_> {
         report.title = format!("RecurFormer on {}", args.model);
         report.summary = format!(
             "{} of {} KV groups of {} became recurrent. Replacement heads were trained on {} tokens, the hybrid healed on {}; all figures are from \
-             held-out text (at most {} tokens a file) and from this machine, in {:.1} minutes.",
+             held-out parts of {} (at most {} tokens a file) and from this machine, in {:.1} minutes.",
             plan.converted(),
             plan.total(),
             args.model,
             args.align_tokens,
             args.heal_tokens,
+            self.text,
             args.eval_tokens,
             seconds / 60.0
         );
@@ -413,6 +353,7 @@ impl Stage<'_> {
         report.commands = vec![std::env::args().collect::<Vec<_>>().join(" ")];
         report.environment = vec![
             ("recurformer".into(), env!("CARGO_PKG_VERSION").into()),
+            ("text".into(), self.text.clone()),
             ("instruction set".into(), self.exec.isa().name().into()),
             ("threads".into(), self.exec.threads().to_string()),
             ("seconds".into(), format!("{seconds:.0}")),
@@ -424,6 +365,7 @@ impl Stage<'_> {
             &serde_json::to_vec_pretty(&report.variants)?,
         )?;
         println!("{}", report.to_markdown());
+        println!("text: {}", self.text);
         ui.say(&format!(
             "done in {:.1} minutes; open {}",
             seconds / 60.0,
