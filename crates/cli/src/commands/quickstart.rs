@@ -81,6 +81,8 @@ struct Stage<'a> {
     context: usize,
     /// What the text is, for the report.
     text: String,
+    /// Whether some files are an earlier run's, so that the time is not the whole time.
+    continued: bool,
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
@@ -94,7 +96,16 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let base = load(&args.model, ui)?;
     let (train, heldout) = settings.text(args, &base, &exec, ui)?;
     let context = 1024.min(base.model.config.max_context);
-    let stage = Stage { args, exec, base, train, heldout, context, text: settings.text_name() };
+    let stage = Stage {
+        args,
+        exec,
+        base,
+        train,
+        heldout,
+        context,
+        text: settings.text_name(),
+        continued: settings.continued,
+    };
 
     let heads = stage.heads(ui)?;
     let bank = stage.bank(&heads, ui)?;
@@ -333,7 +344,7 @@ impl Stage<'_> {
         report.title = format!("RecurFormer on {}", args.model);
         report.summary = format!(
             "{} of {} KV groups of {} became recurrent. Replacement heads were trained on {} tokens, the hybrid healed on {}; all figures are from \
-             held-out parts of {} (at most {} tokens a file) and from this machine, in {:.1} minutes.",
+             held-out parts of {} (at most {} tokens a file) and from this machine, {}.",
             plan.converted(),
             plan.total(),
             args.model,
@@ -341,7 +352,11 @@ impl Stage<'_> {
             args.heal_tokens,
             self.text,
             args.eval_tokens,
-            seconds / 60.0
+            if self.continued {
+                "partly in an earlier run".to_string()
+            } else {
+                format!("in {:.1} minutes", seconds / 60.0)
+            }
         );
         report.curves = [
             curve(&self.path("align-metrics.jsonl"), "align: relative error of the heads", "error"),

@@ -29,6 +29,9 @@ pub struct Settings {
     text_used: Option<Vec<String>>,
     #[serde(skip)]
     path: PathBuf,
+    /// Whether an earlier run with the same options left files here.
+    #[serde(skip)]
+    pub continued: bool,
 }
 
 impl Settings {
@@ -47,6 +50,7 @@ impl Settings {
             seed: args.seed,
             text_used: None,
             path: path.clone(),
+            continued: false,
         };
         let out = args.out.display();
         if args.out.exists() && args.out.read_dir().with_context(|| out.to_string())?.next().is_some() {
@@ -54,7 +58,7 @@ impl Settings {
             if let Some(found) = found {
                 let text_used = found.text_used.clone();
                 if (Self { text_used: None, path: path.clone(), ..found }) == wanted {
-                    return Ok(Self { text_used, ..wanted });
+                    return Ok(Self { text_used, continued: true, ..wanted });
                 }
             }
             bail!(
