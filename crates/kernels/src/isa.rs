@@ -152,7 +152,7 @@ pub fn cpu_features() -> Vec<&'static str> {
 /// with fused multiply-add, explicit vectors and [`exp`]. `inner` and everything hot it calls must be
 /// `#[inline(always)]`, or it is compiled for the baseline; do not cross threads inside.
 ///
-/// ```ignore
+/// ```text
 /// use crate::simd::{Simd, exp};
 ///
 /// pub fn decay(exec: &Exec, x: &mut [f32]) {
