@@ -7,7 +7,8 @@ use kernels::{Isa, measure};
 
 /// Show what this CPU can do, which instruction set is used, and its measured speed.
 ///
-/// RECURFORMER_ISA=scalar|avx2|avx512|neon forces an instruction set.
+/// RECURFORMER_ISA=scalar|avx2|avx512|neon forces an instruction set (larger matrix products, in the
+/// gemm crate, choose their own unless scalar is forced).
 ///
 /// Example:
 ///   recurformer doctor --threads 1
