@@ -20,10 +20,24 @@ pub enum IsaLevel {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 with VNNI: dot products of 8-bit integers.
+    Avx512Vnni,
+    /// AVX-512 with VNNI and BF16: dot products of bfloat16 pairs.
+    Avx512Bf16,
+    /// AVX-512 with VNNI, BF16 and AMX bfloat16 tiles.
+    Amx,
 }
 
 impl IsaLevel {
-    const ALL: [IsaLevel; 4] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512];
+    const ALL: [IsaLevel; 7] = [
+        Self::Scalar,
+        Self::Neon,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Avx512Bf16,
+        Self::Amx,
+    ];
 
     /// The name used by `RECURFORMER_ISA` and `doctor`.
     pub fn name(self) -> &'static str {
@@ -32,6 +46,9 @@ impl IsaLevel {
             Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512-vnni",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -53,8 +70,14 @@ impl IsaLevel {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => Self::Avx512.is_supported() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512Vnni.is_supported() && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => false,
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => false,
         }
     }
 }
@@ -173,7 +196,7 @@ macro_rules! dispatch {
         let isa: $crate::isa::Isa = $isa;
         match isa.level() {
             #[cfg(target_arch = "x86_64")]
-            $crate::isa::IsaLevel::Avx512 => $crate::isa::run_avx512(
+            level if level >= $crate::isa::IsaLevel::Avx512 => $crate::isa::run_avx512(
                 isa,
                 #[inline(always)]
                 |$s| $body,
@@ -217,8 +240,8 @@ mod x86 {
             // SAFETY: this function runs only with the token's features, see the call below.
             f(unsafe { Avx512::new() })
         }
-        assert_eq!(isa.level(), IsaLevel::Avx512);
-        // SAFETY: an `Isa` of this level exists only after `IsaLevel::is_supported` found all these features.
+        assert!(isa.level() >= IsaLevel::Avx512, "{isa} has no AVX-512");
+        // SAFETY: an `Isa` of this or a higher level exists only after `IsaLevel::is_supported` found all these features.
         unsafe { enabled(f) }
     }
 
