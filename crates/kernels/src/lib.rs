@@ -13,6 +13,7 @@ pub mod mat;
 pub mod measure;
 pub mod naive;
 pub mod optim;
+pub mod quant;
 pub mod rope;
 pub mod scan;
 pub mod ssd;

@@ -11,10 +11,10 @@ pub use names::hf_name;
 pub use reader::{GgufHeader, GgufTensor, Metadata, Value, parse};
 
 use crate::config::{Family, unsupported};
-use crate::dequant::dequantize;
 use crate::error::{Result, WeightsError};
 use crate::mmap::MappedFile;
 use crate::tensors::{Dtype, TensorInfo, TensorSource, check_finite};
+use kernels::quant::dequantize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

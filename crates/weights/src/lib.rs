@@ -3,7 +3,6 @@
 #![deny(unsafe_code)]
 
 pub mod config;
-mod dequant;
 pub mod error;
 pub mod fetch;
 pub mod files;

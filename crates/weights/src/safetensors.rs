@@ -8,11 +8,11 @@ mod writer;
 
 pub use writer::{OutTensor, SafetensorsWriter, write_f32};
 
-use crate::dequant::dequantize;
 use crate::error::{Result, WeightsError};
 use crate::files::read_json;
 use crate::mmap::MappedFile;
 use crate::tensors::{Dtype, TensorInfo, TensorSource, check_finite};
+use kernels::quant::dequantize;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};

@@ -1,7 +1,7 @@
 use super::*;
-use crate::dequant::dequantize;
 use crate::safetensors::read_all;
 use crate::{Checkpoint, ModelConfig, RopeScaling};
+use kernels::quant::dequantize;
 use proptest::prelude::*;
 
 fn data(name: &str) -> PathBuf {

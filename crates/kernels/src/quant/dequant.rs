@@ -1,31 +1,19 @@
 //! Stored bytes → f32 for every element type, block formats as in llama.cpp's `ggml-quants.c`.
-//! Knows one tensor's bytes at a time; knows no file.
 
-use crate::tensors::Dtype;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-/// Values per parallel piece: a multiple of every block size, large enough that scheduling does not show.
-const PIECE: usize = 1 << 16;
+use super::Dtype;
 
-/// Converts `bytes` to f32 into `out`, bit for bit as llama.cpp's reference (no fused multiply-add).
+/// Converts `bytes` to f32 into `out`, bit for bit as llama.cpp's reference (no fused multiply-add), on the calling
+/// thread: callers that want more threads split at whole blocks.
 ///
 /// # Panics
 /// When `bytes` is not exactly `out.len()` values of `dtype`.
 pub fn dequantize(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    let (block, block_bytes) = dtype.block();
-    assert!(
-        out.len().is_multiple_of(block) && bytes.len() == out.len() / block * block_bytes,
-        "{} bytes of {} for {} values",
-        bytes.len(),
-        dtype.name(),
-        out.len()
-    );
-    out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE / block * block_bytes)).for_each(|(out, bytes)| {
-        for (out, bytes) in out.chunks_exact_mut(block).zip(bytes.chunks_exact(block_bytes)) {
-            dequantize_block(dtype, bytes, out);
-        }
-    });
+    let (block, block_bytes) = super::check(dtype, out.len(), bytes.len());
+    for (out, bytes) in out.chunks_exact_mut(block).zip(bytes.chunks_exact(block_bytes)) {
+        dequantize_block(dtype, bytes, out);
+    }
 }
 
 fn half_at(bytes: &[u8], at: usize) -> f32 {
@@ -123,7 +111,7 @@ fn fifth_bit(nibble: u8, high: u32, index: usize) -> u8 {
 }
 
 /// The 6-bit scale and minimum of sub-block `j` (0 to 7), packed in 12 bytes (`get_scale_min_k4`).
-fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
+pub(super) fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
