@@ -41,7 +41,7 @@ pub(super) fn backward(
 
 fn shape(ctx: &Ctx<'_>) -> DeltaShape {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
-    DeltaShape { seq: ctx.x.rows(), heads: q_heads, d_state: head_dim, head_dim }
+    DeltaShape { seq: ctx.seq, heads: q_heads, d_state: head_dim, head_dim }
 }
 
 fn inputs<'a>(unit: &'a Qkv, rates: &'a Rates) -> DeltaInputs<'a> {

@@ -1,7 +1,7 @@
 //! Starting values of new heads, and the gain fitted on one batch.
 
 use super::{BaseGroup, Ctx, Form, HeadDims, HeadEnv, HeadLayout, HeadTensors, MambaTensors};
-use super::{Projections, QkvTensors, local, qkv};
+use super::{Linear, Projections, QkvTensors, local, qkv};
 use crate::plan::RecurrentKind;
 use kernels::{Exec, MatMut, MatRef, elementwise};
 use rand::{Rng, SeedableRng};
@@ -115,7 +115,10 @@ pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_
         let out = MatMut::dense(&mut local_out, seq, d_inner);
         local::forward(&ctx, &raw, &mut cache.ring, 0, out);
     }
-    let (_, y) = qkv::recurrence(&ctx, &w, &raw, &mut cache, Form::Chunked);
+    let decays = layout.decays();
+    let dt = Linear::new(w.dt, Some(w.dt_bias)).forward(&ctx, x, decays);
+    let input = Linear::new(w.input, Some(w.input_bias)).forward(&ctx, x, decays);
+    let (_, y) = qkv::recurrence(&ctx, &w, &raw, dt, input, &mut cache, Form::Chunked);
     let mut gain = Vec::with_capacity(d_inner);
     let mut rest = vec![0.0; head_dim];
     for head in 0..q_heads {

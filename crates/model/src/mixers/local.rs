@@ -18,7 +18,7 @@ pub(super) struct LocalSaved {
 /// Overwrites `out` with the attention of a chunk that continues the `seen` tokens of `ring`, and updates `ring`.
 pub(super) fn forward(ctx: &Ctx<'_>, raw: &Qkv, ring: &mut Ring, seen: usize, out: MatMut<'_>) {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
-    let seq = ctx.x.rows();
+    let seq = ctx.seq;
     let (q, k) = rotated(ctx, raw, seen);
     let (keys, values) = ring.followed_by(seen, &k, &raw.v);
     let kv_pos: Vec<usize> = ring.positions(seen).chain(seen..seen + seq).collect();
@@ -38,7 +38,7 @@ pub(super) fn forward(ctx: &Ctx<'_>, raw: &Qkv, ring: &mut Ring, seen: usize, ou
 /// [`forward`] of a whole sequence, keeping what [`backward`] needs.
 pub(super) fn forward_train(ctx: &Ctx<'_>, raw: &Qkv, mut out: MatMut<'_>) -> LocalSaved {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
-    let seq = ctx.x.rows();
+    let seq = ctx.seq;
     let (q, k) = rotated(ctx, raw, 0);
     let kv_pos: Vec<usize> = (0..seq).collect();
     let mut dense = vec![0.0; seq * q_heads * head_dim];
@@ -69,7 +69,7 @@ pub(super) fn backward(
     base_grads: Option<&mut BaseGroupGrads>,
 ) {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
-    let (seq, d_inner) = (ctx.x.rows(), q_heads * head_dim);
+    let (seq, d_inner) = (ctx.seq, q_heads * head_dim);
     let kv_pos: Vec<usize> = (0..seq).collect();
     let (mut dq, mut dk) = (vec![0.0; raw.q.len()], vec![0.0; raw.k.len()]);
     let inputs = AttnSaved {
@@ -121,7 +121,7 @@ fn rotated(ctx: &Ctx<'_>, raw: &Qkv, pos0: usize) -> (Vec<f32>, Vec<f32>) {
             }
             None => raw.to_vec(),
         };
-        let (head_dim, seq) = (ctx.env.layout.dims.head_dim, ctx.x.rows());
+        let (head_dim, seq) = (ctx.env.layout.dims.head_dim, ctx.seq);
         rope(ctx.exec, &mut rotated, head_dim, ctx.env.inv_freq, seq, pos0, Rotation::Forward);
         rotated
     };

@@ -29,18 +29,17 @@ struct Selection {
     c: Vec<f32>,
 }
 
-/// Adds the Mamba block's output for a chunk to `out`; advances conv tail and state.
+/// Adds the Mamba block's output for a chunk, projected to `u` and `z`, to `out`; advances conv tail and state.
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     w: &MambaTensors<&[f32]>,
+    u: Vec<f32>,
+    z: Vec<f32>,
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
 ) -> MambaSaved {
     let d_inner = ctx.env.layout.d_inner();
-    let (in_u, in_z) = w.in_proj.split_at(w.in_proj.len() / 2);
-    let u = Linear::new(in_u, None).forward(ctx, ctx.x, d_inner);
-    let z = Linear::new(in_z, None).forward(ctx, ctx.x, d_inner);
     let [tail] = &mut cache.tails[..] else { panic!("one conv tail, found {}", cache.tails.len()) };
     let mut active = convolve(ctx, w, &u, tail);
     activate(ctx, &mut active);
@@ -71,7 +70,7 @@ pub(super) fn backward(
 ) {
     let (exec, layout) = (ctx.exec, &ctx.env.layout);
     let (seq, d_inner, d_state, rank) =
-        (ctx.x.rows(), layout.d_inner(), layout.spec.d_state, layout.dt_rank());
+        (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
     let width = rank + 2 * d_state;
     let (mut dy, mut dz) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
     elementwise::swiglu_backward(exec, &saved.z, &saved.y, dout, &mut dz, &mut dy);
@@ -173,7 +172,7 @@ fn activate(ctx: &Ctx<'_>, x: &mut [f32]) {
 fn select(ctx: &Ctx<'_>, w: &MambaTensors<&[f32]>, active: &[f32]) -> Selection {
     let layout = &ctx.env.layout;
     let (seq, d_inner, d_state, rank) =
-        (ctx.x.rows(), layout.d_inner(), layout.spec.d_state, layout.dt_rank());
+        (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
     let width = rank + 2 * d_state;
     let active = MatRef::dense(active, seq, d_inner);
     let projected = Linear::new(w.x_proj, None).forward(ctx, active, width);
@@ -196,7 +195,7 @@ fn decay(w: &MambaTensors<&[f32]>) -> Vec<f32> {
 
 fn shape(ctx: &Ctx<'_>) -> ScanShape {
     let layout = &ctx.env.layout;
-    ScanShape { seq: ctx.x.rows(), d_inner: layout.d_inner(), d_state: layout.spec.d_state }
+    ScanShape { seq: ctx.seq, d_inner: layout.d_inner(), d_state: layout.spec.d_state }
 }
 
 fn inputs<'a>(

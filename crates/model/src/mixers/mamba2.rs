@@ -62,7 +62,7 @@ fn input_scale(rates: &Rates) -> Vec<f32> {
 
 fn shape(ctx: &Ctx<'_>) -> SsdShape {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
-    SsdShape { seq: ctx.x.rows(), heads: q_heads, d_state: head_dim, head_dim }
+    SsdShape { seq: ctx.seq, heads: q_heads, d_state: head_dim, head_dim }
 }
 
 fn inputs<'a>(w: &QkvTensors<&'a [f32]>, unit: &'a Qkv, rates: &'a Rates, b: &'a [f32]) -> SsdInputs<'a> {

@@ -30,6 +30,7 @@
 
 mod gated_delta;
 mod init;
+mod inputs;
 mod layout;
 mod local;
 mod mamba;
@@ -41,10 +42,12 @@ mod qkv;
 mod tests;
 
 pub use init::{fit_gain, init};
+pub use inputs::{HeadInputs, ProjectionInfo, ProjectionSource};
 pub use memory::HeadCache;
 
 use crate::plan::{MixerSpec, RecurrentKind};
 use kernels::{Exec, MatMut, MatRef};
+use inputs::RecurrentInputs;
 use layout::{MambaTensors, QkvTensors};
 use local::LocalSaved;
 use mamba::MambaSaved;
@@ -216,14 +219,21 @@ impl<T> NamedTensors<T> {
 struct Ctx<'a> {
     exec: &'a Exec,
     env: &'a HeadEnv<'a>,
-    /// `[T, M]`.
+    /// `[T, M]`; of no columns where every projection of it was given.
     x: MatRef<'a>,
+    /// `T`.
+    seq: usize,
 }
 
 impl<'a> Ctx<'a> {
     fn new(exec: &'a Exec, env: &'a HeadEnv<'a>, x: MatRef<'a>) -> Self {
         assert_eq!(x.cols(), env.layout.dims.d_model, "width of a head's input");
-        Self { exec, env, x }
+        Self { exec, env, x, seq: x.rows() }
+    }
+
+    /// For passes that read projections instead of `x`.
+    fn projected(exec: &'a Exec, env: &'a HeadEnv<'a>, seq: usize) -> Self {
+        Self { exec, env, x: MatRef::dense(&[], seq, 0), seq }
     }
 
     fn weights(&self) -> NamedTensors<&'a [f32]> {
@@ -231,7 +241,7 @@ impl<'a> Ctx<'a> {
     }
 
     /// The projections that the branches share, if any branch needs them: the head's own or the base's.
-    fn projections(&self, weights: &NamedTensors<&'a [f32]>) -> Option<Projections<'a>> {
+    fn shared_projections(&self, weights: &NamedTensors<&'a [f32]>) -> Option<Projections<'a>> {
         match weights {
             NamedTensors::Qkv(w) => Some(Projections::of_head(w)),
             _ => self.env.layout.has_local().then(|| Projections::of_base(&self.env.base)),
@@ -239,28 +249,53 @@ impl<'a> Ctx<'a> {
     }
 
     fn check_output(&self, rows: usize, cols: usize) {
-        assert_eq!((rows, cols), (self.x.rows(), self.env.layout.d_inner()), "shape of a head's output");
+        assert_eq!((rows, cols), (self.seq, self.env.layout.d_inner()), "shape of a head's output");
     }
 }
 
 /// Inference: `x` continues the sequence that `cache` has seen; overwrites `out` `[T, G·D]`. Any `T ≥ 0`; `T == 1` takes the step form.
-pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCache, mut out: MatMut<'_>) {
+pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCache, out: MatMut<'_>) {
     let ctx = Ctx::new(exec, env, x);
     ctx.check_output(out.rows(), out.cols());
-    if x.rows() == 0 {
-        return;
+    if x.rows() > 0 {
+        let weights = ctx.weights();
+        let inputs = HeadInputs::project(&ctx, &weights);
+        continue_sequence(&ctx, &weights, inputs, cache, out);
     }
-    let weights = ctx.weights();
-    let raw = ctx.projections(&weights).map(|p| p.forward(&ctx));
-    match &raw {
-        Some(raw) if env.layout.has_local() => {
-            local::forward(&ctx, raw, &mut cache.ring, cache.seen, out.reborrow());
+}
+
+/// [`forward`] from finished projections. Of `env`'s tensors only those are read that are no projection of `x`; the others may be empty.
+pub fn forward_projected(
+    exec: &Exec,
+    env: &HeadEnv<'_>,
+    inputs: HeadInputs,
+    cache: &mut HeadCache,
+    out: MatMut<'_>,
+) {
+    let ctx = Ctx::projected(exec, env, out.rows());
+    ctx.check_output(out.rows(), out.cols());
+    if ctx.seq > 0 {
+        continue_sequence(&ctx, &ctx.weights(), inputs, cache, out);
+    }
+}
+
+fn continue_sequence(
+    ctx: &Ctx<'_>,
+    weights: &NamedTensors<&[f32]>,
+    inputs: HeadInputs,
+    cache: &mut HeadCache,
+    mut out: MatMut<'_>,
+) {
+    match &inputs.qkv {
+        Some(raw) if ctx.env.layout.has_local() => {
+            local::forward(ctx, raw, &mut cache.ring, cache.seen, out.reborrow());
         }
         _ => fill_zero(&mut out),
     }
-    let form = if x.rows() == 1 { Form::Step } else { Form::Chunked };
-    recur(&ctx, &weights, raw.as_ref(), cache, form, &mut out);
-    cache.seen += x.rows();
+    let form = if ctx.seq == 1 { Form::Step } else { Form::Chunked };
+    let HeadInputs { qkv, recurrent } = inputs;
+    recur(ctx, weights, qkv.as_ref(), recurrent, cache, form, &mut out);
+    cache.seen += ctx.seq;
 }
 
 /// Training: one whole sequence from zero state; overwrites `out` and returns what [`backward`] needs.
@@ -271,7 +306,7 @@ pub fn forward_train(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, mut out: Mat
         return HeadSaved { raw: None, local: None, recurrent: RecurrentSaved::None };
     }
     let weights = ctx.weights();
-    let raw = ctx.projections(&weights).map(|p| p.forward(&ctx));
+    let HeadInputs { qkv: raw, recurrent } = HeadInputs::project(&ctx, &weights);
     let local = match &raw {
         Some(raw) if env.layout.has_local() => Some(local::forward_train(&ctx, raw, out.reborrow())),
         _ => {
@@ -280,7 +315,7 @@ pub fn forward_train(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, mut out: Mat
         }
     };
     let mut cache = env.layout.new_cache();
-    let recurrent = recur(&ctx, &weights, raw.as_ref(), &mut cache, Form::Chunked, &mut out);
+    let recurrent = recur(&ctx, &weights, raw.as_ref(), recurrent, &mut cache, Form::Chunked, &mut out);
     HeadSaved { raw, local, recurrent }
 }
 
@@ -289,17 +324,21 @@ fn recur(
     ctx: &Ctx<'_>,
     weights: &NamedTensors<&[f32]>,
     raw: Option<&Qkv>,
+    inputs: RecurrentInputs,
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
 ) -> RecurrentSaved {
-    match weights {
-        NamedTensors::None => RecurrentSaved::None,
-        NamedTensors::Mamba(w) => RecurrentSaved::Mamba(mamba::forward(ctx, w, cache, form, out)),
-        NamedTensors::Qkv(w) => {
-            let raw = raw.expect("a q/k/v recurrence has projections");
-            RecurrentSaved::Qkv(qkv::forward(ctx, w, raw, cache, form, out))
+    match (weights, inputs, raw) {
+        (NamedTensors::None, RecurrentInputs::None, _) => RecurrentSaved::None,
+        (NamedTensors::Mamba(w), RecurrentInputs::Mamba { u, z }, _) => {
+            RecurrentSaved::Mamba(mamba::forward(ctx, w, u, z, cache, form, out))
         }
+        (NamedTensors::Qkv(w), RecurrentInputs::Qkv { gate, dt, input }, Some(raw)) => {
+            let logits = qkv::Logits { gate, dt, input };
+            RecurrentSaved::Qkv(qkv::forward(ctx, w, raw, logits, cache, form, out))
+        }
+        _ => panic!("projections of another kind of head"),
     }
 }
 
@@ -342,7 +381,7 @@ pub fn backward(
     if let (Some(raw), Some(local), true) = (&saved.raw, &saved.local, local_wanted) {
         local::backward(&ctx, raw, local, &dout, &mut d_raw, base_grads.as_deref_mut());
     }
-    if let Some(projections) = ctx.projections(&weights) {
+    if let Some(projections) = ctx.shared_projections(&weights) {
         let grads = if own {
             grads.and_then(NamedTensors::into_projections)
         } else {

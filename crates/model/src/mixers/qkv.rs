@@ -24,6 +24,16 @@ pub(super) struct Rates {
     pub input: Vec<f32>,
 }
 
+/// Projections of `x` that only the recurrence reads.
+pub(super) struct Logits {
+    /// `x W_zᵀ`, `[T, G·D]`.
+    pub gate: Vec<f32>,
+    /// `x W_dtᵀ + b_dt`, `[T, decays]`.
+    pub dt: Vec<f32>,
+    /// `x W_inᵀ + b_in` or `x W_βᵀ + b_β`, `[T, decays]`.
+    pub input: Vec<f32>,
+}
+
 /// What the backward pass reads besides the raw projections.
 pub(super) struct QkvSaved {
     rates: Rates,
@@ -43,13 +53,14 @@ pub(super) fn forward(
     ctx: &Ctx<'_>,
     w: &QkvTensors<&[f32]>,
     raw: &Qkv,
+    logits: Logits,
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
 ) -> QkvSaved {
-    let (rates, y) = recurrence(ctx, w, raw, cache, form);
+    let Logits { mut gate, dt, input } = logits;
+    let (rates, y) = recurrence(ctx, w, raw, dt, input, cache, form);
     let d_inner = ctx.env.layout.d_inner();
-    let mut gate = Linear::new(w.gate, None).forward(ctx, ctx.x, d_inner);
     let chunk = ROWS_PER_TASK * d_inner;
     ctx.exec.parallel_chunks(&mut gate, chunk, |_, gate| {
         gate.iter_mut().for_each(|z| *z = elementwise::sigmoid(*z));
@@ -63,22 +74,22 @@ pub(super) fn forward(
     QkvSaved { rates, y, gate }
 }
 
-/// The recurrence's rates and its output `[T, G·D]` before gain and gate; advances conv tails and state.
+/// The recurrence's rates (from the logits `dt` and `input`) and its output `[T, G·D]` before gain and gate; advances conv tails and state.
 pub(super) fn recurrence(
     ctx: &Ctx<'_>,
     w: &QkvTensors<&[f32]>,
     raw: &Qkv,
+    dt: Vec<f32>,
+    input: Vec<f32>,
     cache: &mut HeadCache,
     form: Form,
 ) -> (Rates, Vec<f32>) {
     let unit = mix(ctx, w, raw, &mut cache.tails).unit;
     let layout = &ctx.env.layout;
-    let decays = layout.decays();
-    let mut log_a = Linear::new(w.dt, Some(w.dt_bias)).forward(ctx, ctx.x, decays);
+    let mut log_a = dt;
     log_a.iter_mut().for_each(|a| *a = -elementwise::softplus(*a));
-    let input = Linear::new(w.input, Some(w.input_bias)).forward(ctx, ctx.x, decays);
     let mut rates = Rates { log_a, input };
-    let mut y = vec![0.0; ctx.x.rows() * layout.d_inner()];
+    let mut y = vec![0.0; ctx.seq * layout.d_inner()];
     match layout.spec.recurrent {
         RecurrentKind::GatedDelta => {
             rates.input.iter_mut().for_each(|b| *b = elementwise::sigmoid(*b));
@@ -108,7 +119,7 @@ pub(super) fn backward(
 
     let mut tails: Vec<Vec<f32>> = layout.tail_lens().into_iter().map(|n| vec![0.0; n]).collect();
     let mixed = mix(ctx, w, raw, &mut tails);
-    let mut d_unit = Qkv::zeros(ctx.x.rows(), layout.dims);
+    let mut d_unit = Qkv::zeros(ctx.seq, layout.dims);
     let rates = &saved.rates;
     let mut d_rates = Rates { log_a: vec![0.0; rates.log_a.len()], input: vec![0.0; rates.input.len()] };
     match layout.spec.recurrent {

@@ -1,0 +1,139 @@
+//! Every projection of the layer input that a converted group reads, in one order, whoever computes them.
+//! Knows names and shapes; the arithmetic of the recurrences is elsewhere.
+
+use super::{Ctx, HeadDims, HeadLayout, Linear, NamedTensors, Qkv};
+use crate::plan::RecurrentKind;
+
+/// Where the rows of a projection come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProjectionSource {
+    /// The group's rows of the layer's `q_proj`.
+    BaseQuery,
+    /// The group's rows of the layer's `k_proj`.
+    BaseKey,
+    /// The group's rows of the layer's `v_proj`.
+    BaseValue,
+    /// Rows of one of the group's own tensors, with its bias when it has one.
+    Own {
+        /// Name of the weight within the group.
+        weight: &'static str,
+        /// Name of the bias within the group.
+        bias: Option<&'static str>,
+        /// First row of the tensor.
+        first_row: usize,
+    },
+}
+
+/// One projection of the layer input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProjectionInfo {
+    /// Whose rows these are.
+    pub source: ProjectionSource,
+    /// How many rows, the width of the projection's output.
+    pub rows: usize,
+}
+
+/// All projections of a chunk of `T` tokens, biases included.
+pub struct HeadInputs {
+    /// What the local branch and a q/k/v recurrence read.
+    pub(super) qkv: Option<Qkv>,
+    pub(super) recurrent: RecurrentInputs,
+}
+
+/// What only the recurrence reads.
+pub(super) enum RecurrentInputs {
+    None,
+    Mamba {
+        /// `[T, G·D]`.
+        u: Vec<f32>,
+        /// `[T, G·D]`.
+        z: Vec<f32>,
+    },
+    Qkv {
+        /// Gate logits `[T, G·D]`.
+        gate: Vec<f32>,
+        /// `[T, decays]`.
+        dt: Vec<f32>,
+        /// `in_scale` or `beta` logits, `[T, decays]`.
+        input: Vec<f32>,
+    },
+}
+
+impl HeadLayout {
+    /// The projections a converted group needs, in the order that [`HeadInputs::from_projections`] takes them.
+    pub fn projections(&self) -> Vec<ProjectionInfo> {
+        let HeadDims { q_heads, head_dim, qkv_bias, .. } = self.dims;
+        let (d_inner, decays) = (q_heads * head_dim, self.decays());
+        let own = |weight, bias, first_row, rows| ProjectionInfo {
+            source: ProjectionSource::Own { weight, bias, first_row },
+            rows,
+        };
+        let base = |source, rows| ProjectionInfo { source, rows };
+        let mut list = match self.spec.recurrent {
+            RecurrentKind::None => Vec::new(),
+            RecurrentKind::Mamba => {
+                vec![own("in_proj.weight", None, 0, d_inner), own("in_proj.weight", None, d_inner, d_inner)]
+            }
+            RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => {
+                let bias = |name| qkv_bias.then_some(name);
+                let (input, input_bias) = match self.spec.recurrent {
+                    RecurrentKind::Mamba2 => ("in_scale.weight", "in_scale.bias"),
+                    _ => ("beta_proj.weight", "beta_proj.bias"),
+                };
+                return vec![
+                    own("gate_proj.weight", None, 0, d_inner),
+                    own("dt_proj.weight", Some("dt_proj.bias"), 0, decays),
+                    own(input, Some(input_bias), 0, decays),
+                    own("q_proj.weight", bias("q_proj.bias"), 0, d_inner),
+                    own("k_proj.weight", bias("k_proj.bias"), 0, head_dim),
+                    own("v_proj.weight", bias("v_proj.bias"), 0, head_dim),
+                ];
+            }
+        };
+        if self.has_local() {
+            list.push(base(ProjectionSource::BaseQuery, d_inner));
+            list.push(base(ProjectionSource::BaseKey, head_dim));
+            list.push(base(ProjectionSource::BaseValue, head_dim));
+        }
+        list
+    }
+}
+
+impl HeadInputs {
+    /// Inputs from finished projections: `projection(i)` gives the `i`-th of [`HeadLayout::projections`], dense `[T, rows]`.
+    pub fn from_projections(layout: &HeadLayout, mut projection: impl FnMut(usize) -> Vec<f32>) -> Self {
+        let mut count = 0..layout.projections().len();
+        let mut next = || projection(count.next().expect("as many projections as the layout lists"));
+        let recurrent = match layout.spec.recurrent {
+            RecurrentKind::None => RecurrentInputs::None,
+            RecurrentKind::Mamba => RecurrentInputs::Mamba { u: next(), z: next() },
+            RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => {
+                RecurrentInputs::Qkv { gate: next(), dt: next(), input: next() }
+            }
+        };
+        let has_qkv = layout.has_local() || matches!(recurrent, RecurrentInputs::Qkv { .. });
+        let qkv = has_qkv.then(|| Qkv { q: next(), k: next(), v: next() });
+        Self { qkv, recurrent }
+    }
+
+    /// Projects `ctx.x` with the group's own f32 tensors.
+    pub(super) fn project<'a>(ctx: &Ctx<'a>, weights: &NamedTensors<&'a [f32]>) -> Self {
+        let (x, d_inner, decays) = (ctx.x, ctx.env.layout.d_inner(), ctx.env.layout.decays());
+        let recurrent = match weights {
+            NamedTensors::None => RecurrentInputs::None,
+            NamedTensors::Mamba(w) => {
+                let (in_u, in_z) = w.in_proj.split_at(w.in_proj.len() / 2);
+                RecurrentInputs::Mamba {
+                    u: Linear::new(in_u, None).forward(ctx, x, d_inner),
+                    z: Linear::new(in_z, None).forward(ctx, x, d_inner),
+                }
+            }
+            NamedTensors::Qkv(w) => RecurrentInputs::Qkv {
+                gate: Linear::new(w.gate, None).forward(ctx, x, d_inner),
+                dt: Linear::new(w.dt, Some(w.dt_bias)).forward(ctx, x, decays),
+                input: Linear::new(w.input, Some(w.input_bias)).forward(ctx, x, decays),
+            },
+        };
+        Self { qkv: ctx.shared_projections(weights).map(|p| p.forward(ctx)), recurrent }
+    }
+}
