@@ -13,6 +13,7 @@ pub use reader::{GgufHeader, GgufTensor, Metadata, Value, parse};
 use crate::config::{Family, unsupported};
 use crate::error::{Result, WeightsError};
 use crate::mmap::MappedFile;
+use crate::stored::{RowOrder, StoredTensor};
 use crate::tensors::{Dtype, TensorInfo, TensorSource, check_finite};
 use kernels::quant::dequantize;
 use std::collections::HashMap;
@@ -48,8 +49,8 @@ pub struct GgufSource {
     config_json: serde_json::Value,
     tensors: Vec<GgufTensor>,
     infos: Vec<TensorInfo>,
-    /// Per tensor: values per head when its rows are permuted within heads.
-    permuted: Vec<Option<usize>>,
+    /// Per tensor: the order of its rows.
+    orders: Vec<RowOrder>,
     by_name: HashMap<String, usize>,
 }
 
@@ -91,7 +92,7 @@ impl GgufSource {
             metadata,
             config_json,
             infos: Vec::new(),
-            permuted: Vec::new(),
+            orders: Vec::new(),
             by_name: HashMap::new(),
             tensors,
         };
@@ -104,20 +105,11 @@ impl GgufSource {
                     family.model_type()
                 ))
             })?;
-            let is_qk = [".q_proj.", ".k_proj."].iter().any(|part| name.contains(part));
-            let permuted = (family == Family::Llama && is_qk).then_some(head_dim);
-            let rows = tensor.shape.first().copied().unwrap_or(0);
-            if let Some(head_dim) = permuted.filter(|&d| d == 0 || d % 2 != 0 || rows % d != 0) {
-                return Err(WeightsError::malformed(
-                    path,
-                    "GGUF",
-                    format!(
-                        "tensor `{}` has {rows} rows, expected a multiple of the head size {head_dim}",
-                        tensor.name
-                    ),
-                ));
-            }
-            source.permuted.push(permuted);
+            let order = match family {
+                Family::Llama if is_query_or_key(&name) => interleaved(tensor, head_dim, path)?,
+                _ => RowOrder::HuggingFace,
+            };
+            source.orders.push(order);
             source.by_name.insert(name.clone(), at);
             source.infos.push(TensorInfo {
                 name,
@@ -158,17 +150,36 @@ impl TensorSource for GgufSource {
         let mut values = vec![0.0; self.infos[at].values()];
         dequantize(tensor.dtype, &self.file[tensor.range.clone()], &mut values);
         check_finite(name, &values)?;
-        Ok(match self.permuted[at] {
-            None => values,
-            Some(head_dim) => unpermute(&values, tensor.shape[0], head_dim),
+        Ok(match self.orders[at] {
+            RowOrder::HuggingFace => values,
+            order => in_order(&values, tensor.shape[0], order),
         })
     }
 
     fn raw(&self, name: &str) -> Result<Option<(Dtype, &[u8])>> {
         let at = self.find(name)?;
         let tensor = &self.tensors[at];
-        let unchanged = tensor.dtype.is_plain() && self.permuted[at].is_none();
+        let unchanged = tensor.dtype.is_plain() && self.orders[at] == RowOrder::HuggingFace;
         Ok(unchanged.then(|| (tensor.dtype, &self.file[tensor.range.clone()])))
+    }
+
+    fn stored(&self, name: &str) -> Result<StoredTensor<'_>> {
+        let at = self.find(name)?;
+        let tensor = &self.tensors[at];
+        let bytes = &self.file[tensor.range.clone()];
+        Ok(StoredTensor::new(tensor.dtype, &tensor.shape, bytes, self.orders[at]))
+    }
+
+    fn prefetch(&self) {
+        if let Bytes::Mapped(file) = &self.file {
+            file.prefetch();
+        }
+    }
+
+    fn release(&self) {
+        if let Bytes::Mapped(file) = &self.file {
+            file.release();
+        }
     }
 
     fn info(&self, name: &str) -> Option<&TensorInfo> {
@@ -176,19 +187,27 @@ impl TensorSource for GgufSource {
     }
 }
 
-/// Undoes `LlamaModel.permute` of llama.cpp's converter: it stores the rows `(i, j)` of a head, `i` in 0..2 the half
-/// and `j` in 0..head_dim/2, in the order `(j, i)`.
-fn unpermute(values: &[f32], rows: usize, head_dim: usize) -> Vec<f32> {
-    let width = values.len() / rows.max(1);
-    let half = head_dim / 2;
-    let mut out = Vec::with_capacity(values.len());
-    for head in 0..rows / head_dim {
-        for i in 0..2 {
-            for j in 0..half {
-                let row = head * head_dim + 2 * j + i;
-                out.extend_from_slice(&values[row * width..(row + 1) * width]);
-            }
-        }
+/// Whether llama.cpp's converter permutes the rows of this tensor of a llama model.
+fn is_query_or_key(name: &str) -> bool {
+    [".q_proj.", ".k_proj."].iter().any(|part| name.contains(part))
+}
+
+/// The order of a permuted tensor's rows, whose number must be whole heads.
+fn interleaved(tensor: &GgufTensor, head_dim: usize, path: &Path) -> Result<RowOrder> {
+    let bad = |reason: String| {
+        WeightsError::malformed(path, "GGUF", format!("tensor `{}` has {reason}", tensor.name))
+    };
+    let &[rows, _] = tensor.shape.as_slice() else {
+        return Err(bad(format!("shape {:?}, expected a matrix", tensor.shape)));
+    };
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || !rows.is_multiple_of(head_dim) {
+        return Err(bad(format!("{rows} rows, expected a multiple of the head size {head_dim}")));
     }
-    out
+    Ok(RowOrder::Interleaved { head_dim })
+}
+
+/// The rows of `values` in Hugging Face order.
+fn in_order(values: &[f32], rows: usize, order: RowOrder) -> Vec<f32> {
+    let width = values.len() / rows.max(1);
+    (0..rows).flat_map(|row| &values[order.stored_row(row) * width..][..width]).copied().collect()
 }

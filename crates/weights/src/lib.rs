@@ -13,11 +13,13 @@ pub mod hostile;
 pub mod mmap;
 pub mod safetensors;
 pub mod source;
+pub mod stored;
 pub mod tensors;
 pub mod tokenizer;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use error::WeightsError;
 pub use source::{Checkpoint, ModelSource};
+pub use stored::{RowOrder, StoredTensor};
 pub use tensors::{Dtype, TensorInfo, TensorSource};
 pub use tokenizer::Tokenizer;

@@ -31,6 +31,26 @@ impl MappedFile {
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(&io)?;
         Ok(Self(Some(map)))
     }
+
+    /// Announces that the whole file is about to be read once, in order. A hint: where the system has none, nothing happens.
+    pub fn prefetch(&self) {
+        #[cfg(unix)]
+        if let Some(map) = &self.0 {
+            // Hints may be refused without harm.
+            let _ = map.advise(memmap2::Advice::Sequential);
+            let _ = map.advise(memmap2::Advice::WillNeed);
+        }
+    }
+
+    /// Drops the mapped pages from this process's memory; they come back from the file when touched.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Some(map) = &self.0 {
+            // SAFETY: `MADV_DONTNEED` may lose changes of private mappings only; this one is read-only and file-backed
+            // (made in `open`), so that every page has the same content when it is read again.
+            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
 }
 
 impl Deref for MappedFile {

@@ -11,6 +11,7 @@ pub use writer::{OutTensor, SafetensorsWriter, write_f32};
 use crate::error::{Result, WeightsError};
 use crate::files::read_json;
 use crate::mmap::MappedFile;
+use crate::stored::{RowOrder, StoredTensor};
 use crate::tensors::{Dtype, TensorInfo, TensorSource, check_finite};
 use kernels::quant::dequantize;
 use std::collections::{BTreeMap, HashMap};
@@ -183,6 +184,19 @@ impl TensorSource for SafetensorsSource {
     fn raw(&self, name: &str) -> Result<Option<(Dtype, &[u8])>> {
         let (info, bytes) = self.bytes(name)?;
         Ok(Some((info.dtype, bytes)))
+    }
+
+    fn stored(&self, name: &str) -> Result<StoredTensor<'_>> {
+        let (info, bytes) = self.bytes(name)?;
+        Ok(StoredTensor::new(info.dtype, &info.shape, bytes, RowOrder::HuggingFace))
+    }
+
+    fn prefetch(&self) {
+        self.files.iter().for_each(MappedFile::prefetch);
+    }
+
+    fn release(&self) {
+        self.files.iter().for_each(MappedFile::release);
     }
 
     fn info(&self, name: &str) -> Option<&TensorInfo> {

@@ -3,6 +3,7 @@
 pub use kernels::quant::Dtype;
 
 use crate::error::{Result, WeightsError};
+use crate::stored::StoredTensor;
 
 /// Name, shape and stored type of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +33,14 @@ pub trait TensorSource: Send + Sync {
     fn read_f32(&self, name: &str) -> Result<Vec<f32>>;
     /// The stored bytes when they can be copied unchanged into safetensors (F32, F16, BF16 in Hugging Face order), else `None`.
     fn raw(&self, name: &str) -> Result<Option<(Dtype, &[u8])>>;
+    /// The stored bytes of any element type, for packing without dequantising. Values are not checked: see
+    /// [`StoredTensor::check_finite`].
+    fn stored(&self, name: &str) -> Result<StoredTensor<'_>>;
+    /// Tells the operating system that everything is about to be read once, in file order.
+    fn prefetch(&self) {}
+    /// Gives back the memory that read parts of a mapped file occupy; what is read again comes from the file again. For
+    /// loaders, after they have taken what they need, so that a model is not in memory twice.
+    fn release(&self) {}
     /// One tensor's description.
     fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.infos().iter().find(|info| info.name == name)

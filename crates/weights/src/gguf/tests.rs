@@ -174,6 +174,15 @@ fn a_converted_llama_comes_back_in_hugging_face_order() {
         assert_eq!(checkpoint.tensors.read_f32(&tensor.name).unwrap(), tensor.values, "{}", tensor.name);
         let permuted = tensor.name.contains("q_proj") || tensor.name.contains("k_proj");
         assert_eq!(checkpoint.tensors.raw(&tensor.name).unwrap().is_none(), permuted, "{}", tensor.name);
+        let stored = checkpoint.tensors.stored(&tensor.name).unwrap();
+        stored.check_finite(&tensor.name).unwrap();
+        let mut values = vec![f32::NAN; stored.rows * stored.cols];
+        for (row, out) in values.chunks_exact_mut(stored.cols).enumerate() {
+            dequantize(stored.dtype, stored.row(row), out);
+        }
+        assert_eq!(values, tensor.values, "{}", tensor.name);
+        checkpoint.tensors.prefetch();
+        checkpoint.tensors.release();
     }
     assert!(matches!(checkpoint.tensors.raw("x"), Err(WeightsError::MissingTensor { .. })));
     let config = &checkpoint.config;
@@ -266,7 +275,7 @@ proptest! {
                 }
             }
         }
-        prop_assert_eq!(unpermute(&stored, rows, head_dim), original);
+        prop_assert_eq!(in_order(&stored, rows, RowOrder::Interleaved { head_dim }), original);
     }
 
     #[test]
