@@ -13,6 +13,7 @@ pub mod mat;
 pub mod measure;
 pub mod naive;
 pub mod optim;
+pub mod packed;
 pub mod quant;
 pub mod rope;
 pub mod scan;
@@ -22,6 +23,7 @@ pub(crate) mod chunk;
 pub(crate) mod simd;
 
 mod gemm;
+mod pool;
 #[cfg(test)]
 mod testing;
 
@@ -49,4 +51,7 @@ pub enum KernelError {
         /// The operating system's reason.
         reason: String,
     },
+    /// A weight matrix could not be packed.
+    #[error(transparent)]
+    Pack(#[from] packed::PackError),
 }

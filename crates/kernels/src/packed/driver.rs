@@ -1,0 +1,282 @@
+//! Shares products out to threads by panels and row blocks, and finishes tiles: bias, residual, SwiGLU.
+//! Knows shapes and outputs; the arithmetic of a tile is its kernel's.
+
+use std::cell::RefCell;
+
+use super::buffer::Lines;
+use super::kernel::{Route, TILE_VALUES, TileAt};
+use super::{Input, MATVEC_ROWS, PANEL, Packed};
+use crate::isa::dispatch;
+use crate::simd::{self, Simd};
+use crate::{Exec, MatMut, Store};
+
+/// Products that share one parallel region; more take another one.
+const MAX_PRODUCTS: usize = 16;
+/// Below this many bytes of weights (times rows, for more than a few) everything runs on the calling thread.
+const MIN_PARALLEL_BYTES: usize = 48 * 1024;
+/// Least bytes of weights (times rows) of a task.
+const MIN_TASK_BYTES: usize = 24 * 1024;
+/// Tasks per thread that a region is cut into, when they are not too small.
+const TASKS_PER_THREAD: usize = 16;
+/// Bytes of activations of a row block, which should stay in the second-level cache beside the panels.
+const ROW_BLOCK_BYTES: usize = 512 * 1024;
+
+/// One product `out = x · weightᵀ + bias`.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// `[out_features, in_features]`.
+    pub weight: &'a Packed,
+    /// One value per output feature.
+    pub bias: Option<&'a [f32]>,
+    /// `[rows of x, out_features]`.
+    pub out: MatMut<'a>,
+    /// Whether `out` is overwritten or added to.
+    pub store: Store,
+}
+
+/// All products of the same input, in one parallel region. The result does not depend on the number of threads.
+///
+/// # Panics
+/// When shapes do not fit, or `x` was set for other weights.
+pub fn matmul(exec: &Exec, x: &Input, products: &mut [Product<'_>]) {
+    for products in products.chunks_mut(MAX_PRODUCTS) {
+        let mut work = Work::new(exec, x);
+        for product in products {
+            let out = &mut product.out;
+            work.add(product.weight, None, product.bias, out.reborrow(), product.store);
+        }
+        work.run(exec);
+    }
+}
+
+/// `out = silu(x · gateᵀ) ⊙ (x · upᵀ)` with `silu(z) = z · sigmoid(z)`, in one parallel region. `gate` and `up` have the
+/// same shape; their element types may differ.
+///
+/// # Panics
+/// When shapes do not fit, or `x` was set for other weights.
+pub fn matmul_swiglu(exec: &Exec, x: &Input, gate: &Packed, up: &Packed, out: MatMut<'_>) {
+    let mut work = Work::new(exec, x);
+    work.add(gate, Some(up), None, out, Store::Overwrite);
+    work.run(exec);
+}
+
+/// One product with its output opened to several tasks, and how it is cut.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    weight: &'a Packed,
+    /// The second factor of SwiGLU.
+    up: Option<&'a Packed>,
+    bias: Option<&'a [f32]>,
+    out: *mut f32,
+    stride: usize,
+    store: Store,
+    route: Route,
+    up_route: Route,
+    /// Rows and panels per kernel call.
+    tile_rows: usize,
+    tile_panels: usize,
+    /// Rows per row block and panels per task.
+    rows: usize,
+    panels: usize,
+    row_blocks: usize,
+    tasks: usize,
+}
+
+struct Work<'a> {
+    x: &'a Input,
+    exec: &'a Exec,
+    targets: [Option<Target<'a>>; MAX_PRODUCTS],
+    count: usize,
+}
+// SAFETY: tasks write through `Target::out` to disjoint parts: each (row block, panels) belongs to one task.
+unsafe impl Sync for Work<'_> {}
+
+thread_local! {
+    /// Expanded panels of the task that runs on this thread; grows only.
+    static SCRATCH: RefCell<Lines> = RefCell::default();
+}
+
+impl<'a> Work<'a> {
+    fn new(exec: &'a Exec, x: &'a Input) -> Self {
+        Self { x, exec, targets: [None; MAX_PRODUCTS], count: 0 }
+    }
+
+    fn add(
+        &mut self,
+        weight: &'a Packed,
+        up: Option<&'a Packed>,
+        bias: Option<&'a [f32]>,
+        mut out: MatMut<'_>,
+        store: Store,
+    ) {
+        let (m, n) = (self.x.rows(), weight.rows());
+        assert_eq!(weight.cols(), self.x.cols(), "{weight:?} times {:?}", self.x);
+        assert!(out.rows() == m && out.cols() == n, "out [{}, {}] of [{m}, {n}]", out.rows(), out.cols());
+        assert!(bias.is_none_or(|bias| bias.len() == n), "one bias per output feature, {n}");
+        assert!(
+            up.is_none_or(|up| up.rows() == n && up.cols() == weight.cols()),
+            "gate and up have one shape"
+        );
+        let isa = self.exec.isa();
+        let route = Route::of(isa, weight.dtype(), m);
+        let up_route = up.map_or(route, |up| Route::of(isa, up.dtype(), m));
+        let (shape, up_shape) = (route.shape(isa), up_route.shape(isa));
+        self.targets[self.count] = Some(Target {
+            weight,
+            up,
+            bias,
+            out: out.data_mut().as_mut_ptr(),
+            stride: out.row_stride(),
+            store,
+            route,
+            up_route,
+            tile_rows: shape.0.min(up_shape.0),
+            tile_panels: shape.1.min(up_shape.1),
+            rows: m,
+            panels: weight.panels(),
+            row_blocks: 1,
+            tasks: 0,
+        });
+        self.count += 1;
+    }
+
+    fn run(mut self, exec: &Exec) {
+        let m = self.x.rows();
+        // Weights are read once for a few rows; beyond that the work grows with the rows.
+        let factor = m.div_ceil(MATVEC_ROWS);
+        let bytes = |t: &Target<'_>| (t.weight.bytes() + t.up.map_or(0, Packed::bytes)) * factor;
+        let total: usize = self.targets.iter().flatten().map(bytes).sum();
+        let threads = if total < MIN_PARALLEL_BYTES { 1 } else { exec.threads() };
+        let task_bytes = match threads {
+            1 => usize::MAX,
+            threads => (total / (threads * TASKS_PER_THREAD)).max(MIN_TASK_BYTES),
+        };
+        for target in self.targets.iter_mut().flatten() {
+            target.split(m, task_bytes);
+        }
+        let tasks: usize = self.targets.iter().flatten().map(|target| target.tasks).sum();
+        let work = &self;
+        match threads {
+            1 => (0..tasks).for_each(|task| work.task(task)),
+            _ => exec.parallel_for(tasks, |task| work.task(task)),
+        }
+    }
+
+    /// Runs one task: `task` counts through all products, their panel groups, their row blocks.
+    fn task(&self, mut task: usize) {
+        for target in self.targets.iter().flatten() {
+            if task >= target.tasks {
+                task -= target.tasks;
+                continue;
+            }
+            let m = self.x.rows();
+            let row = task % target.row_blocks * target.rows;
+            let panel = task / target.row_blocks * target.panels;
+            let rows = target.rows.min(m - row);
+            let panels = target.panels.min(target.weight.panels() - panel);
+            return target.compute(self.exec, self.x, TileAt { row, rows, panel, panels });
+        }
+    }
+}
+
+impl Target<'_> {
+    /// Cuts the product into tasks of about `task_bytes` bytes of weights × row tiles.
+    fn split(&mut self, m: usize, task_bytes: usize) {
+        let panels = self.weight.panels();
+        if m == 0 || panels == 0 {
+            return;
+        }
+        let row_bytes = self.weight.cols().max(1) * size_of::<f32>();
+        let most_rows = (ROW_BLOCK_BYTES / row_bytes).max(self.tile_rows);
+        self.row_blocks = m.div_ceil(most_rows);
+        self.rows = m.div_ceil(self.row_blocks).next_multiple_of(self.tile_rows);
+        self.row_blocks = m.div_ceil(self.rows);
+        let factor = self.rows.div_ceil(MATVEC_ROWS);
+        let panel_bytes = self.weight.panel_bytes() + self.up.map_or(0, Packed::panel_bytes);
+        let group = (task_bytes / (panel_bytes * factor).max(1)).clamp(1, panels);
+        self.panels = group.next_multiple_of(self.tile_panels);
+        self.tasks = panels.div_ceil(self.panels) * self.row_blocks;
+    }
+
+    /// One block: all its tiles, panel group by panel group.
+    fn compute(&self, exec: &Exec, x: &Input, block: TileAt) {
+        let isa = exec.isa();
+        let cols = self.weight.cols();
+        let mut tile = Tile([0.0; TILE_VALUES]);
+        let mut up_tile = Tile([0.0; TILE_VALUES]);
+        let sizes = [
+            self.route.expanded_bytes(isa, cols),
+            if self.up.is_some() { self.up_route.expanded_bytes(isa, cols) } else { 0 },
+        ];
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.grow::<u8>((sizes[0] + sizes[1]) * self.tile_panels);
+            let (scratch, up_scratch) =
+                scratch.as_mut_slice::<u8>().split_at_mut(sizes[0] * self.tile_panels);
+            for first in (block.panel..block.panel + block.panels).step_by(self.tile_panels) {
+                let panels = self.tile_panels.min(block.panel + block.panels - first);
+                for i in 0..panels {
+                    if sizes[0] > 0 {
+                        let scratch = &mut scratch[i * sizes[0]..][..sizes[0]];
+                        self.route.expand(isa, self.weight, first + i, scratch);
+                    }
+                    if let Some(up) = self.up.filter(|_| sizes[1] > 0) {
+                        let scratch = &mut up_scratch[i * sizes[1]..][..sizes[1]];
+                        self.up_route.expand(isa, up, first + i, scratch);
+                    }
+                }
+                for row in (block.row..block.row + block.rows).step_by(self.tile_rows) {
+                    let rows = self.tile_rows.min(block.row + block.rows - row);
+                    let at = TileAt { row, rows, panel: first, panels };
+                    self.route.multiply(isa, x, self.weight, scratch, at, &mut tile.0);
+                    if let Some(up) = self.up {
+                        self.up_route.multiply(isa, x, up, up_scratch, at, &mut up_tile.0);
+                    }
+                    dispatch!(isa, |s| self.finish(s, at, &tile.0, &up_tile.0));
+                }
+            }
+        });
+    }
+
+    /// Writes a tile to the output.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, at: TileAt, tile: &[f32], up_tile: &[f32]) {
+        let TileAt { row, rows, panel, panels } = at;
+        let first = panel * PANEL;
+        let n = (panels * PANEL).min(self.weight.rows() - first);
+        for r in 0..rows {
+            let tile = &tile[r * panels * PANEL..][..n];
+            // SAFETY: `add` checked that `out` has these rows and columns; no other task has this block.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(self.out.add((row + r) * self.stride + first), n) };
+            if self.up.is_some() {
+                let up = &up_tile[r * panels * PANEL..][..n];
+                for i in 0..n {
+                    out[i] = tile[i] * simd::sigmoid(s, tile[i]) * up[i];
+                }
+                continue;
+            }
+            match (self.bias.map(|bias| &bias[first..first + n]), self.store) {
+                (None, Store::Overwrite) => out.copy_from_slice(tile),
+                (None, Store::Accumulate) => {
+                    for i in 0..n {
+                        out[i] += tile[i];
+                    }
+                }
+                (Some(bias), Store::Overwrite) => {
+                    for i in 0..n {
+                        out[i] = tile[i] + bias[i];
+                    }
+                }
+                (Some(bias), Store::Accumulate) => {
+                    for i in 0..n {
+                        out[i] += tile[i] + bias[i];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A tile on the stack, aligned for whole-register stores.
+#[repr(C, align(64))]
+struct Tile([f32; TILE_VALUES]);

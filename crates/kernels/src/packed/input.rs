@@ -1,0 +1,217 @@
+//! Activations in the forms that products read: f32, bfloat16, blocks of 8-bit integers.
+//! Knows rows of activations; knows nothing of panels.
+
+use super::buffer::{Element, LINE, Lines};
+use super::kernel::{Form, Route};
+use super::quant::{self, Blocks};
+use super::{PAD, Packed, padded};
+use crate::isa::dispatch;
+use crate::simd::{self, Simd};
+use crate::{Exec, Isa, MatRef};
+
+/// Rows to which the bfloat16 form is padded, so that AMX tiles can always load whole tiles.
+const ROW_PAD: usize = 32;
+/// Below this many values another thread costs more than it gains.
+const MIN_PARALLEL_VALUES: usize = 32 * 1024;
+/// Values per task when rows are converted in parallel.
+const TASK_VALUES: usize = 16 * 1024;
+
+/// Activations `[rows, cols]` in the forms that products need. Reused from call to call; memory only grows.
+#[derive(Default)]
+pub struct Input {
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    forms: Forms,
+    f32: Lines,
+    bf16: Lines,
+    codes: Lines,
+    scales: Lines,
+    sums: Lines,
+}
+
+impl std::fmt::Debug for Input {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Input {{ [{}, {}], {:?} }}", self.rows, self.cols, self.forms)
+    }
+}
+
+/// Which forms are up to date besides f32.
+#[derive(Clone, Copy, Debug, Default)]
+struct Forms {
+    bf16: bool,
+    blocks: bool,
+}
+
+/// RMS normalisation of a row.
+#[derive(Clone, Copy)]
+struct Norm<'a> {
+    weight: &'a [f32],
+    eps: f32,
+}
+
+/// A buffer that tasks fill row by row, each its own rows.
+#[derive(Clone, Copy)]
+struct RowsOut<T> {
+    start: *mut T,
+    stride: usize,
+}
+// SAFETY: tasks take disjoint rows, see `fill`.
+unsafe impl<T> Sync for RowsOut<T> {}
+
+impl<T: Element> RowsOut<T> {
+    /// Makes room for `rows` rows of `stride` values.
+    fn new(lines: &mut Lines, rows: usize, stride: usize) -> Self {
+        lines.grow::<T>(rows * stride);
+        Self { start: lines.as_mut_slice().as_mut_ptr(), stride }
+    }
+    /// # Safety
+    /// `row` is below the number of rows of `new`, and nobody else uses that row meanwhile.
+    unsafe fn row<'a>(self, row: usize) -> &'a mut [T] {
+        // SAFETY: `new` made room for it; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.stride) }
+    }
+}
+
+impl Input {
+    /// Without rows.
+    pub fn new() -> Self {
+        Self::default()
+    }
+    /// Copies `x` and makes the forms that products with `weights` read.
+    ///
+    /// # Panics
+    /// When a weight has other columns than `x`.
+    pub fn set(&mut self, exec: &Exec, x: MatRef<'_>, weights: &[&Packed]) {
+        self.fill(exec, x, None, weights);
+    }
+    /// The same of `x` after RMS normalisation of each row: `x / sqrt(mean(x²) + eps) · norm`.
+    ///
+    /// # Panics
+    /// When a weight has other columns than `x`, or `norm` another length.
+    pub fn set_rms_norm(&mut self, exec: &Exec, x: MatRef<'_>, norm: &[f32], eps: f32, weights: &[&Packed]) {
+        assert_eq!(norm.len(), x.cols(), "one norm weight per column");
+        self.fill(exec, x, Some(Norm { weight: norm, eps }), weights);
+    }
+    /// Rows of activations.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// The values (normalised, if so set), not rounded.
+    pub fn f32(&self) -> MatRef<'_> {
+        MatRef::new(self.f32.as_slice(), self.rows, self.cols, self.stride)
+    }
+
+    /// Input features.
+    pub(super) fn cols(&self) -> usize {
+        self.cols
+    }
+    /// f32 rows, zero padded, and the distance between them.
+    pub(super) fn f32_rows(&self) -> (&[f32], usize) {
+        (self.f32.as_slice(), self.stride)
+    }
+    /// bfloat16 rows, zero padded, and the distance between them. Panics when no weight given to `set` needs them.
+    pub(super) fn bf16_rows(&self) -> (&[u16], usize) {
+        assert!(self.forms.bf16, "the input was not set for this weight");
+        (self.bf16.as_slice(), self.stride)
+    }
+    /// Quantised rows. Panics when no weight given to `set` needs them.
+    pub(super) fn blocks(&self) -> Blocks<'_> {
+        assert!(self.forms.blocks, "the input was not set for this weight");
+        Blocks {
+            codes: self.codes.as_slice(),
+            stride: codes_stride(self.cols),
+            scales: self.scales.as_slice(),
+            sums: self.sums.as_slice(),
+            blocks: self.cols / PAD,
+        }
+    }
+
+    fn fill(&mut self, exec: &Exec, x: MatRef<'_>, norm: Option<Norm<'_>>, weights: &[&Packed]) {
+        let (rows, cols) = (x.rows(), x.cols());
+        let mut forms = Forms::default();
+        for weight in weights {
+            assert_eq!(weight.cols(), cols, "{weight:?} times activations [{rows}, {cols}]");
+            match Route::of(exec.isa(), weight.dtype(), rows).form() {
+                Form::F32 => {}
+                Form::Bf16 => forms.bf16 = true,
+                Form::Blocks => forms.blocks = true,
+            }
+        }
+        let (stride, blocks) = (row_stride(cols), cols / PAD);
+        (self.rows, self.cols, self.stride, self.forms) = (rows, cols, stride, forms);
+        let f32_out = RowsOut::<f32>::new(&mut self.f32, rows, stride);
+        let bf16_rows = if forms.bf16 { rows.next_multiple_of(ROW_PAD) } else { 0 };
+        let bf16_out = RowsOut::<u16>::new(&mut self.bf16, bf16_rows, stride);
+        let block_rows = if forms.blocks { rows } else { 0 };
+        let codes_out = RowsOut::<i8>::new(&mut self.codes, block_rows, codes_stride(cols));
+        let scales_out = RowsOut::<f32>::new(&mut self.scales, block_rows, blocks);
+        let sums_out = RowsOut::<i32>::new(&mut self.sums, block_rows, blocks);
+        let isa = exec.isa();
+        let one = |row: usize| {
+            // SAFETY: `row < rows` for which the buffers were grown above, and every row is visited once.
+            let f32_row = unsafe { f32_out.row(row) };
+            copy_row(isa, x.row(row), norm, f32_row);
+            if forms.bf16 {
+                // SAFETY: as above.
+                let bf16_row = unsafe { bf16_out.row(row) };
+                dispatch!(isa, round_row(f32_row, bf16_row));
+            }
+            if forms.blocks {
+                // SAFETY: as above.
+                let (codes, scales, sums) =
+                    unsafe { (codes_out.row(row), scales_out.row(row), sums_out.row(row)) };
+                codes[cols..].fill(0);
+                quant::quantize_activations(isa, &f32_row[..cols], &mut codes[..cols], scales, sums);
+            }
+        };
+        if exec.threads() == 1 || rows < 2 || rows * cols < MIN_PARALLEL_VALUES {
+            (0..rows).for_each(one);
+            return;
+        }
+        let task = TASK_VALUES.div_ceil(cols).max(1);
+        exec.parallel_for(rows.div_ceil(task), |i| {
+            (i * task..rows.min((i + 1) * task)).for_each(one);
+        });
+    }
+}
+
+/// Values between the starts of two rows: padded, and not a multiple of 1024, whose rows would share cache sets.
+fn row_stride(cols: usize) -> usize {
+    let stride = padded(cols);
+    if stride > 0 && stride.is_multiple_of(1024) { stride + PAD } else { stride }
+}
+
+/// Bytes between the starts of two rows of 8-bit codes.
+fn codes_stride(cols: usize) -> usize {
+    cols.next_multiple_of(LINE)
+}
+
+/// One row of f32, normalised if asked, zero padded.
+fn copy_row(isa: Isa, x: &[f32], norm: Option<Norm<'_>>, out: &mut [f32]) {
+    let (out, padding) = out.split_at_mut(x.len());
+    padding.fill(0.0);
+    match norm {
+        None => out.copy_from_slice(x),
+        Some(norm) => dispatch!(isa, |s| normalise(s, x, norm, out)),
+    }
+}
+
+#[inline(always)]
+fn normalise<S: Simd>(s: S, x: &[f32], norm: Norm<'_>, out: &mut [f32]) {
+    let inv = 1.0 / (simd::dot(s, x, x) / x.len() as f32 + norm.eps).sqrt();
+    for ((out, &x), &w) in out.iter_mut().zip(x).zip(norm.weight) {
+        *out = x * inv * w;
+    }
+}
+
+/// Rounds to bfloat16, to nearest even; NaN stays NaN.
+#[inline(always)]
+fn round_row(x: &[f32], out: &mut [u16]) {
+    for (out, &x) in out.iter_mut().zip(x) {
+        let bits = x.to_bits();
+        let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        // A NaN's payload could carry into the sign.
+        *out = if x.is_nan() { 0x7fc0 } else { rounded as u16 };
+    }
+}

@@ -1,0 +1,281 @@
+//! Products of activations with weights that were repacked once at load: panels of 16 output features.
+//! Knows matrices, element types and threads; knows nothing of models and files.
+
+mod buffer;
+mod dense;
+mod driver;
+mod input;
+mod kernel;
+mod quant;
+
+use std::fmt;
+
+use crate::quant::{Dtype, dequantize};
+use crate::{Exec, KernelError};
+use buffer::{LINE, Lines};
+
+pub use driver::{Product, matmul, matmul_swiglu};
+pub use input::Input;
+
+/// Output features of a panel.
+pub(crate) const PANEL: usize = 16;
+/// Columns to which dense panels and activations are padded with zeros: one AMX tile, so that no kernel has a tail.
+pub(crate) const PAD: usize = 32;
+/// Up to this many rows of activations the product reads the packed bytes directly; it is bound by memory.
+pub(crate) const MATVEC_ROWS: usize = 4;
+
+/// Why a weight matrix could not be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The element type stores blocks that do not divide a row.
+    #[error(
+        "{dtype} stores blocks of {block} values, but rows have {cols}\nhint: keep this matrix in F16 or BF16"
+    )]
+    Blocks {
+        /// Element type.
+        dtype: &'static str,
+        /// Values per block.
+        block: usize,
+        /// Values per row.
+        cols: usize,
+    },
+    /// A part's rows have another length than the matrix.
+    #[error("part {part} has rows of {found} values, the matrix has {expected}")]
+    Cols {
+        /// Index of the part.
+        part: usize,
+        /// Values per row of the matrix.
+        expected: usize,
+        /// Values per row of the part.
+        found: usize,
+    },
+    /// A part's bytes are no whole number of rows.
+    #[error("part {part} has {bytes} bytes, no multiple of its {row_bytes} bytes per row")]
+    Bytes {
+        /// Index of the part.
+        part: usize,
+        /// Bytes given.
+        bytes: usize,
+        /// Bytes of a row.
+        row_bytes: usize,
+    },
+    /// A row was asked for that the part does not have.
+    #[error("part {part} has {rows} rows, row {id} was asked for")]
+    Row {
+        /// Index of the part.
+        part: usize,
+        /// The row asked for.
+        id: usize,
+        /// Rows of the part.
+        rows: usize,
+    },
+    /// A value is NaN or infinite, or does not fit the element type.
+    #[error(
+        "part {part}, row {id}: value {col} is not finite as {dtype}\nhint: the file is damaged, or needs a wider element type"
+    )]
+    NonFinite {
+        /// Index of the part.
+        part: usize,
+        /// Row of the part.
+        id: usize,
+        /// Column.
+        col: usize,
+        /// Element type it was to be stored as.
+        dtype: &'static str,
+    },
+}
+
+/// Stored rows, and which of them in which order.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Element type of `bytes`.
+    pub dtype: Dtype,
+    /// All rows, one after another, in the stored format.
+    pub bytes: &'a [u8],
+    /// Values per row.
+    pub cols: usize,
+    /// The rows to take, in this order.
+    pub ids: &'a [u32],
+}
+
+/// A weight matrix `[rows = out_features, cols = in_features]` in panels of 16 rows.
+pub struct Packed {
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    /// Distance between the starts of two panels, a multiple of the cache line.
+    panel_bytes: usize,
+    data: Lines,
+}
+
+impl fmt::Debug for Packed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Packed {{ {} [{}, {}] }}", self.dtype.name(), self.rows, self.cols)
+    }
+}
+
+/// Columns after padding.
+pub(crate) fn padded(cols: usize) -> usize {
+    cols.next_multiple_of(PAD)
+}
+
+impl Packed {
+    /// The rows of all parts one after another, stored as `dtype`; rows of another type are dequantised and rounded or
+    /// quantised one by one. Parts may be empty. Runs in parallel.
+    ///
+    /// # Errors
+    /// [`PackError`] when `cols` is no multiple of a block, a part has other columns or not those rows, or a plain part
+    /// (F32, F16, BF16) holds NaN, infinity or a value too large for `dtype`.
+    pub fn pack(exec: &Exec, dtype: Dtype, cols: usize, parts: &[Rows<'_>]) -> Result<Packed, KernelError> {
+        Ok(pack(exec, dtype, cols, parts)?)
+    }
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+    /// Element type in memory.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    /// Bytes in memory, padding included.
+    pub fn bytes(&self) -> usize {
+        self.data.bytes()
+    }
+    /// Dequantises one row (an embedding lookup).
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` is not one row long.
+    pub fn row_f32(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        assert_eq!(out.len(), self.cols, "one row of {self:?}");
+        let panel = self.panel(row / PANEL);
+        match self.dtype.is_plain() {
+            true => dense::row_f32(self.dtype, panel, row % PANEL, out),
+            false => quant::row_f32(self.dtype, self.cols, panel, row % PANEL, out),
+        }
+    }
+    /// Number of panels.
+    pub(crate) fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+    /// Bytes of a panel.
+    pub(crate) fn panel_bytes(&self) -> usize {
+        self.panel_bytes
+    }
+    /// The bytes of one panel.
+    pub(crate) fn panel(&self, panel: usize) -> &[u8] {
+        &self.data.as_slice::<u8>()[panel * self.panel_bytes..][..self.panel_bytes]
+    }
+}
+
+fn pack(exec: &Exec, dtype: Dtype, cols: usize, parts: &[Rows<'_>]) -> Result<Packed, PackError> {
+    let row_bytes = |dtype: Dtype| -> Result<usize, PackError> {
+        let (block, bytes) = dtype.block();
+        match cols.is_multiple_of(block) {
+            true => Ok(cols / block * bytes),
+            false => Err(PackError::Blocks { dtype: dtype.name(), block, cols }),
+        }
+    };
+    let target_bytes = row_bytes(dtype)?;
+    let mut sources = Vec::with_capacity(parts.iter().map(|part| part.ids.len()).sum());
+    for (index, part) in parts.iter().enumerate() {
+        if part.ids.is_empty() {
+            continue;
+        }
+        if part.cols != cols {
+            return Err(PackError::Cols { part: index, expected: cols, found: part.cols });
+        }
+        let row_bytes = row_bytes(part.dtype)?;
+        if cols > 0 && !part.bytes.len().is_multiple_of(row_bytes) {
+            return Err(PackError::Bytes { part: index, bytes: part.bytes.len(), row_bytes });
+        }
+        for &id in part.ids {
+            let id = id as usize;
+            let bytes = part.bytes.get(id * row_bytes..(id + 1) * row_bytes).ok_or_else(|| {
+                PackError::Row { part: index, id, rows: part.bytes.len() / row_bytes.max(1) }
+            })?;
+            sources.push(Source { part: index, id, dtype: part.dtype, bytes });
+        }
+    }
+    let rows = sources.len();
+    let panel_bytes = match dtype.is_plain() {
+        true => dense::panel_bytes(dtype, cols),
+        false => quant::panel_bytes(dtype, cols),
+    }
+    .next_multiple_of(LINE);
+    let mut data = Lines::zeroed(panel_bytes * rows.div_ceil(PANEL));
+    let panels = if panel_bytes == 0 {
+        Vec::new()
+    } else {
+        data.as_mut_slice::<u8>().chunks_mut(panel_bytes).zip(sources.chunks(PANEL)).collect()
+    };
+    let results = exec.parallel_map_items(panels, |_, (panel, sources)| {
+        let mut values = vec![0.0; cols];
+        let mut converted = vec![0u8; target_bytes * sources.len()];
+        let mut stored: Vec<&[u8]> = Vec::with_capacity(PANEL);
+        for (source, converted) in sources.iter().zip(converted.chunks_exact_mut(target_bytes)) {
+            stored.push(source.convert(dtype, &mut values, converted)?);
+        }
+        match dtype.is_plain() {
+            true => dense::pack_panel(dtype, &stored, panel),
+            false => quant::pack_panel(dtype, cols, &stored, panel),
+        }
+        Ok(())
+    });
+    results.into_iter().collect::<Result<(), PackError>>()?;
+    Ok(Packed { dtype, rows, cols, panel_bytes, data })
+}
+
+/// One stored row.
+struct Source<'a> {
+    part: usize,
+    id: usize,
+    dtype: Dtype,
+    bytes: &'a [u8],
+}
+
+impl<'a> Source<'a> {
+    /// The row stored as `dtype`: as it is, or converted into `converted`.
+    fn convert<'b>(
+        &self,
+        dtype: Dtype,
+        values: &mut [f32],
+        converted: &'b mut [u8],
+    ) -> Result<&'b [u8], PackError>
+    where
+        'a: 'b,
+    {
+        let non_finite = |col, dtype: Dtype| PackError::NonFinite {
+            part: self.part,
+            id: self.id,
+            col,
+            dtype: dtype.name(),
+        };
+        if self.dtype.is_plain() {
+            dequantize(self.dtype, self.bytes, values);
+            if let Some(col) = values.iter().position(|v| !v.is_finite()) {
+                return Err(non_finite(col, self.dtype));
+            }
+        }
+        if self.dtype == dtype {
+            return Ok(self.bytes);
+        }
+        if !self.dtype.is_plain() {
+            dequantize(self.dtype, self.bytes, values);
+        }
+        if dtype.is_plain() {
+            dense::store_row(dtype, values, converted);
+            dequantize(dtype, converted, values);
+            if let Some(col) = values.iter().position(|v| !v.is_finite()) {
+                return Err(non_finite(col, dtype));
+            }
+        } else {
+            quant::quantize_row(dtype, values, converted);
+        }
+        Ok(converted)
+    }
+}
