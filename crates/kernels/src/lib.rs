@@ -8,6 +8,7 @@ pub mod elementwise;
 pub mod exec;
 pub mod gated_delta;
 pub mod isa;
+pub mod kv;
 pub mod loss;
 pub mod mat;
 pub mod measure;

@@ -1,8 +1,8 @@
 //! Rotary position embedding, Hugging Face's half-split convention (`rotate_half`).
 
-use crate::Exec;
 use crate::isa::dispatch;
 use crate::simd::Simd;
+use crate::{Exec, MatMut};
 
 /// Direction of the rotation; the backward pass of one is the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,116 @@ pub fn rope(
             dispatch!(exec.isa(), |s| rotate(s, x, &sin, &cos));
         }
     });
+}
+
+/// Sine and cosine of the rows of one forward pass, made once and applied by every layer: the numbers of [`rope`],
+/// forward. Buffers only grow.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    inv_freq: Vec<f64>,
+    /// (sin, cos) of the offsets from an anchor, `[ANCHOR, head_dim / 2]`.
+    offsets: Vec<(f64, f64)>,
+    /// (sin, cos) of the anchor last used.
+    anchor: Vec<(f64, f64)>,
+    anchor_position: usize,
+    rows: usize,
+    /// `[rows, head_dim / 2]` each.
+    sin: Vec<f32>,
+    cos: Vec<f32>,
+}
+
+impl RopeTable {
+    /// A table without rows for heads of `2 · inv_freq.len()` values.
+    pub fn new(inv_freq: &[f64]) -> Self {
+        let angles = |offset: usize| inv_freq.iter().map(move |f| (offset as f64 * f).sin_cos());
+        Self {
+            inv_freq: inv_freq.to_vec(),
+            offsets: (0..ANCHOR).flat_map(angles).collect(),
+            anchor: angles(0).collect(),
+            anchor_position: 0,
+            rows: 0,
+            sin: Vec::new(),
+            cos: Vec::new(),
+        }
+    }
+    /// Rows at the consecutive positions `start..start + rows`.
+    pub fn set(&mut self, exec: &Exec, start: usize, rows: usize) {
+        self.fill(exec, rows, |t| start + t);
+    }
+    /// Row `t` at `positions[t]`, in any order: one row of each of several sequences.
+    pub fn set_positions(&mut self, exec: &Exec, positions: &[usize]) {
+        self.fill(exec, positions.len(), |t| positions[t]);
+    }
+    /// Number of rows set.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn fill(&mut self, exec: &Exec, rows: usize, position: impl Fn(usize) -> usize) {
+        let half = self.inv_freq.len();
+        self.rows = rows;
+        if self.sin.len() < rows * half {
+            self.sin.resize(rows * half, 0.0);
+            self.cos.resize(rows * half, 0.0);
+        }
+        for t in 0..rows {
+            let position = position(t);
+            let base = position / ANCHOR * ANCHOR;
+            if base != self.anchor_position {
+                for (anchor, f) in self.anchor.iter_mut().zip(&self.inv_freq) {
+                    *anchor = (base as f64 * f).sin_cos();
+                }
+                self.anchor_position = base;
+            }
+            let offsets = &self.offsets[(position - base) * half..][..half];
+            let (sin, cos) = (&mut self.sin[t * half..][..half], &mut self.cos[t * half..][..half]);
+            dispatch!(exec.isa(), compose(&self.anchor, offsets, sin, cos));
+        }
+    }
+
+    /// Rotates `x` `[rows, n_heads · head_dim]` in place, row `t` by the table's row `t`. Panics when the sizes do not
+    /// fit.
+    pub fn rotate(&self, exec: &Exec, mut x: MatMut<'_>, head_dim: usize) {
+        /// Below this many values waking another thread costs more than it gains.
+        const MIN_PARALLEL_VALUES: usize = 32 * 1024;
+        /// Rows of a task.
+        const ROWS: usize = 16;
+        let half = self.inv_freq.len();
+        assert_eq!(head_dim, 2 * half, "rope table: head_dim");
+        let (rows, cols) = (x.rows(), x.cols());
+        assert_eq!(rows, self.rows, "rope table: rows");
+        assert!(cols.is_multiple_of(head_dim.max(1)), "{cols} columns are not heads of {head_dim}");
+        if rows == 0 || cols == 0 {
+            return;
+        }
+        let stride = x.row_stride();
+        let values = match rows {
+            1 => &mut x.data_mut()[..cols],
+            _ => &mut x.data_mut()[..(rows - 1) * stride + cols],
+        };
+        let run = |first: usize, block: &mut [f32]| {
+            dispatch!(exec.isa(), |s| {
+                for (t, row) in block.chunks_mut(stride.max(cols)).enumerate() {
+                    let at = (first + t) * half;
+                    rotate(s, &mut row[..cols], &self.sin[at..][..half], &self.cos[at..][..half]);
+                }
+            });
+        };
+        if rows * cols < MIN_PARALLEL_VALUES {
+            run(0, values);
+        } else {
+            exec.parallel_chunks(values, ROWS * stride, |i, block| run(i * ROWS, block));
+        }
+    }
+}
+
+/// Sine and cosine of the sums of two angles.
+#[inline(always)]
+fn compose(anchor: &[(f64, f64)], offsets: &[(f64, f64)], sin: &mut [f32], cos: &mut [f32]) {
+    for (((&(sa, ca), &(sb, cb)), sin), cos) in anchor.iter().zip(offsets).zip(sin).zip(cos) {
+        *sin = (sa * cb + ca * sb) as f32;
+        *cos = (ca * cb - sa * sb) as f32;
+    }
 }
 
 /// Rotates every head of one row.
@@ -122,6 +232,46 @@ mod tests {
                     rope(&exec, part, dim, &freq, rows, 7 + i * chunk, Rotation::Forward);
                 }
                 assert_eq!(got, full);
+            }
+        }
+    }
+
+    #[test]
+    fn the_table_gives_the_same_bits() {
+        for exec in execs() {
+            for (rows, heads, dim) in
+                [(0, 2, 4), (1, 9, 64), (5, 3, 64), (65, 2, 6), (200, 9, 64), (17, 1, 80)]
+            {
+                let freq = frequencies(dim);
+                let mut table = RopeTable::new(&freq);
+                for start in [0, 63, 131_000] {
+                    let (width, stride) = (heads * dim, heads * dim + 5);
+                    let x = noise(1, rows * stride);
+                    let want: Vec<Vec<f32>> = (0..rows)
+                        .map(|t| {
+                            let mut row = x[t * stride..][..width].to_vec();
+                            rope(&exec, &mut row, dim, &freq, 1, start + t, Rotation::Forward);
+                            row
+                        })
+                        .collect();
+                    table.set(&exec, start, rows);
+                    let mut got = x.clone();
+                    table.rotate(&exec, MatMut::new(&mut got, rows, width, stride), dim);
+                    for t in 0..rows {
+                        assert_eq!(got[t * stride..][..width], want[t]);
+                        assert_eq!(got[t * stride + width..][..5], x[t * stride + width..][..5]);
+                    }
+                    // Rows of other sequences, backwards.
+                    let positions: Vec<usize> = (0..rows).rev().map(|t| start + t).collect();
+                    table.set_positions(&exec, &positions);
+                    assert_eq!(table.rows(), rows);
+                    let mut got: Vec<f32> =
+                        (0..rows).rev().flat_map(|t| x[t * stride..][..width].to_vec()).collect();
+                    table.rotate(&exec, MatMut::dense(&mut got, rows, width), dim);
+                    for (t, want) in want.iter().rev().enumerate() {
+                        assert_eq!(got[t * width..][..width], want[..]);
+                    }
+                }
             }
         }
     }
