@@ -163,6 +163,9 @@ impl TensorSource for Quantised {
     fn raw(&self, _: &str) -> weights::error::Result<Option<(Dtype, &[u8])>> {
         Ok(None)
     }
+    fn stored(&self, name: &str) -> weights::error::Result<weights::StoredTensor<'_>> {
+        self.0.stored(name)
+    }
 }
 
 #[test]
