@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
+use crate::pool::Pool;
 use crate::{Isa, KernelError};
 
-/// Instruction set and thread pool. Cheap to clone; passed, never global. Its parallel methods may be nested.
+/// Instruction set and thread pool. Cheap to clone; passed, never global.
+///
+/// The calling thread takes part in its parallel regions. A pool (shared by the clones) runs one region at a time: a
+/// parallel method called inside a task, or while another thread's region runs, does all its work on the thread that
+/// called it. A panic in a task is passed on to the caller once the tasks of the region have ended.
 #[derive(Clone, Debug)]
 pub struct Exec {
     isa: Isa,
     /// `None`: everything runs on the calling thread.
-    pool: Option<Arc<rayon::ThreadPool>>,
+    pool: Option<Arc<Pool>>,
     threads: usize,
 }
 
@@ -29,11 +32,7 @@ impl Exec {
         if threads == 1 {
             return Ok(Self { isa, pool: None, threads });
         }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("kernel-{i}"))
-            .build()
-            .map_err(|error| KernelError::ThreadPool { threads, reason: error.to_string() })?;
+        let pool = Pool::new(threads).map_err(|reason| KernelError::ThreadPool { threads, reason })?;
         Ok(Self { isa, pool: Some(Arc::new(pool)), threads })
     }
     /// This instruction set, calling thread only: for use inside a parallel region.
@@ -48,42 +47,41 @@ impl Exec {
     pub fn threads(&self) -> usize {
         self.threads
     }
-    /// Runs `f` inside the pool, so that rayon calls of it use these threads.
-    pub(crate) fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        match &self.pool {
-            Some(pool) => pool.install(f),
-            None => f(),
-        }
-    }
     /// Runs `f(0..n)` on the pool; returns when all are done.
     pub fn parallel_for(&self, n: usize, f: impl Fn(usize) + Sync) {
         match &self.pool {
-            Some(pool) if n > 1 => pool.install(|| (0..n).into_par_iter().for_each(&f)),
+            Some(pool) if n > 1 => pool.run(n, &f),
             _ => (0..n).for_each(f),
         }
     }
     /// Runs `f(i, chunk_i)` over consecutive chunks of `chunk` values (the last may be shorter). Panics when `chunk`
     /// is 0 and `data` is not empty.
-    pub fn parallel_chunks(&self, data: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    pub fn parallel_chunks<T: Send>(&self, data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
         if data.is_empty() {
             return;
         }
         assert!(chunk > 0, "chunks of 0 values");
-        match &self.pool {
-            Some(pool) if data.len() > chunk => {
-                pool.install(|| data.par_chunks_mut(chunk).enumerate().for_each(|(i, chunk)| f(i, chunk)));
-            }
-            _ => data.chunks_mut(chunk).enumerate().for_each(|(i, chunk)| f(i, chunk)),
-        }
+        let len = data.len();
+        let start = SharedPtr(data.as_mut_ptr());
+        self.parallel_for(len.div_ceil(chunk), |i| {
+            let first = i * chunk;
+            // SAFETY: `first < len` as `i < len.div_ceil(chunk)`, and the end is cut to `len`, so the chunk lies in
+            // `data`, which this call borrows exclusively until every task has ended; chunks of different `i` do not
+            // overlap, and each `i` runs once. `T: Send` lets another thread have them.
+            let chunk =
+                unsafe { std::slice::from_raw_parts_mut(start.get().add(first), chunk.min(len - first)) };
+            f(i, chunk);
+        });
     }
     /// Runs `f(i, item_i)` on the pool, handing over each item: the safe way to give every task its own slices.
     pub fn parallel_items<T: Send>(&self, items: Vec<T>, f: impl Fn(usize, T) + Sync) {
-        match &self.pool {
-            Some(pool) if items.len() > 1 => {
-                pool.install(|| items.into_par_iter().enumerate().for_each(|(i, item)| f(i, item)));
+        let mut slots: Vec<Option<T>> = items.into_iter().map(Some).collect();
+        self.parallel_chunks(&mut slots, 1, |i, slot| {
+            // Each slot is visited once.
+            if let Some(item) = slot[0].take() {
+                f(i, item);
             }
-            _ => items.into_iter().enumerate().for_each(|(i, item)| f(i, item)),
-        }
+        });
     }
     /// Computes `f(i, item_i)` on the pool, handing over each item, and returns the results in order.
     pub fn parallel_map_items<T: Send, R: Send>(
@@ -91,52 +89,34 @@ impl Exec {
         items: Vec<T>,
         f: impl Fn(usize, T) -> R + Sync,
     ) -> Vec<R> {
-        match &self.pool {
-            Some(pool) if items.len() > 1 => {
-                pool.install(|| items.into_par_iter().enumerate().map(|(i, item)| f(i, item)).collect())
-            }
-            _ => items.into_iter().enumerate().map(|(i, item)| f(i, item)).collect(),
-        }
+        let mut slots: Vec<(Option<T>, Option<R>)> =
+            items.into_iter().map(|item| (Some(item), None)).collect();
+        self.parallel_chunks(&mut slots, 1, |i, slot| {
+            let (item, result) = &mut slot[0];
+            *result = item.take().map(|item| f(i, item));
+        });
+        slots.into_iter().filter_map(|(_, result)| result).collect()
     }
     /// Computes `f(0..n)` on the pool and returns the results in order.
     pub fn parallel_map<R: Send>(&self, n: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
-        match &self.pool {
-            Some(pool) if n > 1 => pool.install(|| (0..n).into_par_iter().map(&f).collect()),
-            _ => (0..n).map(f).collect(),
-        }
+        let mut results: Vec<Option<R>> = (0..n).map(|_| None).collect();
+        self.parallel_chunks(&mut results, 1, |i, result| result[0] = Some(f(i)));
+        results.into_iter().flatten().collect()
+    }
+}
+
+/// The start of a slice whose disjoint parts go to different tasks.
+struct SharedPtr<T>(*mut T);
+
+// SAFETY: only `parallel_chunks` makes one, from an exclusive borrow that outlives the tasks; it says why its uses are
+// disjoint. `T: Send` because the tasks may run on other threads.
+unsafe impl<T: Send> Sync for SharedPtr<T> {}
+
+impl<T> SharedPtr<T> {
+    fn get(&self) -> *mut T {
+        self.0
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    use super::*;
-
-    #[test]
-    fn loops_visit_everything_once_and_nest() {
-        for threads in [0, 1, 2, 3] {
-            let exec = Exec::with_isa(threads, Isa::SCALAR).unwrap();
-            assert!(exec.threads() >= 1);
-            for n in [0, 1, 2, 65] {
-                let count = AtomicUsize::new(0);
-                exec.parallel_for(n, |_| {
-                    exec.parallel_for(3, |_| {
-                        count.fetch_add(1, Ordering::Relaxed);
-                    });
-                });
-                assert_eq!(count.into_inner(), 3 * n);
-                assert_eq!(exec.parallel_map(n, |i| i * i), (0..n).map(|i| i * i).collect::<Vec<_>>());
-                let items: Vec<usize> = (0..n).collect();
-                assert!(exec.parallel_map_items(items, |i, item| i == item).into_iter().all(|same| same));
-                let mut data = vec![0.0; n];
-                exec.parallel_chunks(&mut data, 7, |i, chunk| chunk.fill(i as f32 + 1.0));
-                assert!(data.iter().enumerate().all(|(j, &x)| x == (j / 7) as f32 + 1.0));
-                let mut data = vec![0.0; n];
-                exec.parallel_items(data.iter_mut().collect(), |i, x| *x = i as f32);
-                assert!(data.iter().enumerate().all(|(j, &x)| x == j as f32));
-            }
-            assert_eq!(exec.single().threads(), 1);
-        }
-    }
-}
+mod tests;

@@ -27,6 +27,12 @@ pub enum Store {
 const MAX_SKINNY_ROWS: usize = 8;
 /// Below this many multiply-adds waking another thread costs more than it gains.
 const MIN_PARALLEL_WORK: usize = 64 * 1024;
+/// Rows of the output that one task computes at most.
+const MAX_TILE_HEIGHT: usize = 512;
+/// Columns of the output that one task computes, multiples of every vector width; half of it when ...
+const WIDE_TILE: usize = 192;
+/// ... that gives fewer tasks than this.
+const MANY_TILES: usize = 16;
 
 /// `out = alpha · op(a) · op(b)` (or `+=`). `out` is `[m, n]`, `op(a)` `[m, k]`, `op(b)` `[k, n]`; any of them may be a
 /// strided view. With weights stored `[out_features, in_features]`, a linear layer is `gemm(x, No, w, Yes)`.
@@ -93,28 +99,30 @@ impl Product<'_> {
         let (a_cols, a_rows) = strides(&self.a, self.ta);
         let (b_cols, b_rows) = strides(&self.b, self.tb);
         let accumulate = self.store == Store::Accumulate;
-        let serial = exec.threads() == 1 || m * n * k < MIN_PARALLEL_WORK;
-        let parallelism =
-            if serial { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(exec.threads()) };
-        let out_stride = out.row_stride() as isize;
-        let out = SendPtr(out.data_mut().as_mut_ptr());
-        let call = move || {
-            let out = out;
+        let out_stride = out.row_stride();
+        let dst = SharedPtr(out.data_mut().as_mut_ptr());
+        let (height, width) = tile(m, n, k);
+        let across = n.div_ceil(width);
+        let run = |task: usize| {
+            let (i, j) = (task / across * height, task % across * width);
+            let (height, width) = (height.min(m - i), width.min(n - j));
             // SAFETY: `MatRef` and `MatMut` checked that their slices hold every element these shapes and strides
-            // address, `gemm` above checked that the shapes agree, and `out` is exclusively borrowed for this call.
+            // address, and `gemm` above that the shapes agree; rows `i..i + height` and columns `j..j + width` lie
+            // inside (`i < m`, `j < n`, sizes cut). `out` is exclusively borrowed until all tasks have ended, and the
+            // tiles of different tasks do not overlap.
             unsafe {
                 gemm::gemm(
-                    m,
-                    n,
+                    height,
+                    width,
                     k,
-                    out.get(),
+                    dst.get().add(i * out_stride + j),
                     1,
-                    out_stride,
+                    out_stride as isize,
                     accumulate,
-                    self.a.data().as_ptr(),
+                    self.a.data().as_ptr().offset(i as isize * a_rows),
                     a_cols,
                     a_rows,
-                    self.b.data().as_ptr(),
+                    self.b.data().as_ptr().offset(j as isize * b_cols),
                     b_cols,
                     b_rows,
                     1.0,
@@ -122,11 +130,11 @@ impl Product<'_> {
                     false,
                     false,
                     false,
-                    parallelism,
+                    gemm::Parallelism::None,
                 );
             }
         };
-        if serial { call() } else { exec.install(call) }
+        exec.parallel_for(m.div_ceil(height) * across, run);
     }
 
     /// A plain product, row by row: no packing, no explicit SIMD beyond the dispatched instruction set.
@@ -282,15 +290,27 @@ impl Product<'_> {
     }
 }
 
-/// A pointer that may move to the pool's thread together with the exclusive borrow it came from.
-#[derive(Clone, Copy)]
-struct SendPtr(*mut f32);
+/// Height and width of the parts of an `[m, n]` output that one task computes. They depend on the shape alone, so that
+/// the result does not depend on the number of threads.
+fn tile(m: usize, n: usize, k: usize) -> (usize, usize) {
+    if m * n * k < MIN_PARALLEL_WORK {
+        return (m, n);
+    }
+    // A task packs its part of `b` again for each height and its part of `a` again for each width: high tiles, because
+    // `b` (weights) is what must be transposed, and equally high, because a last low one would pack as much.
+    let height = m.div_ceil(m.div_ceil(MAX_TILE_HEIGHT)).next_multiple_of(16);
+    let width = if n >= MANY_TILES * WIDE_TILE { WIDE_TILE } else { WIDE_TILE / 2 };
+    (height, width)
+}
 
-// SAFETY: made in `blocked` from an exclusive borrow that outlives the call it is sent to.
-unsafe impl Send for SendPtr {}
+/// The start of the output, whose disjoint tiles go to different tasks.
+struct SharedPtr(*mut f32);
 
-impl SendPtr {
-    fn get(self) -> *mut f32 {
+// SAFETY: made in `blocked` from an exclusive borrow that outlives the tasks; says there why its uses are disjoint.
+unsafe impl Sync for SharedPtr {}
+
+impl SharedPtr {
+    fn get(&self) -> *mut f32 {
         self.0
     }
 }
