@@ -3,7 +3,9 @@
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use kernels::Exec;
-use model::{MixerSpec, Model, ModelConfig, RecurrentKind};
+use kernels::kv::KvType;
+use kernels::quant::Dtype;
+use model::{Engine, EngineOptions, MixerSpec, Model, ModelConfig, RecurrentKind};
 use std::path::{Path, PathBuf};
 use train::data::{self, DataSource, Document, SelfOptions, SequenceStream, Split};
 use weights::{Checkpoint, ModelSource, Tokenizer};
@@ -60,6 +62,82 @@ pub struct DataArgs {
     pub data: Vec<String>,
 }
 
+/// `--weights` and `--kv-type` of the commands that run a model.
+#[derive(clap::Args, Clone, Debug)]
+pub struct EngineArgs {
+    /// Weights in memory: stored (each as in the checkpoint), f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k or q6_k.
+    /// Default: stored; f32 where models are judged.
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub weights: Option<WeightType>,
+    /// Attention cache: f32, f16, bf16 or q8. Default: f16; f32 where models are judged.
+    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
+    pub kv_type: Option<KvType>,
+}
+
+/// `--weights`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightType {
+    /// As in the checkpoint.
+    Stored,
+    /// Converted when loaded.
+    Converted(Dtype),
+}
+
+fn weight_type(name: &str) -> Result<WeightType, String> {
+    if name == "stored" {
+        return Ok(WeightType::Stored);
+    }
+    dtype(name).map(WeightType::Converted)
+}
+
+/// An element type by its name in lower case.
+pub fn dtype(name: &str) -> Result<Dtype, String> {
+    let find = |dtype: &Dtype| dtype.name().eq_ignore_ascii_case(name);
+    Dtype::ALL.into_iter().find(find).ok_or_else(|| {
+        let names: Vec<String> = Dtype::ALL.iter().map(|d| d.name().to_ascii_lowercase()).collect();
+        format!("unknown element type; there are {}", names.join(", "))
+    })
+}
+
+fn kv_type(name: &str) -> Result<KvType, String> {
+    KvType::parse(&name.to_ascii_lowercase())
+        .ok_or_else(|| "unknown cache type; there are f32, f16, bf16 and q8".to_string())
+}
+
+impl EngineArgs {
+    /// Options of the engine: `defaults` where the command line says nothing.
+    pub fn options(&self, defaults: EngineOptions) -> EngineOptions {
+        let weights = match self.weights {
+            None => defaults.weights,
+            Some(WeightType::Stored) => None,
+            Some(WeightType::Converted(dtype)) => Some(dtype),
+        };
+        EngineOptions { weights, kv_type: self.kv_type.unwrap_or(defaults.kv_type) }
+    }
+}
+
+/// A checkpoint and the engine made of it.
+pub struct Running {
+    /// As opened.
+    pub checkpoint: Checkpoint,
+    /// With its weights packed in memory.
+    pub engine: Engine,
+}
+
+impl Running {
+    /// The checkpoint's tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Ok(self.checkpoint.tokenizer()?)
+    }
+}
+
+/// Opens a model argument and packs its weights.
+pub fn run_engine(arg: &str, options: EngineOptions, exec: &Exec, ui: &Ui) -> Result<Running> {
+    let checkpoint = open(arg, ui)?;
+    let engine = Engine::load(exec, &checkpoint, options).with_context(|| format!("loading {arg}"))?;
+    Ok(Running { checkpoint, engine })
+}
+
 /// A checkpoint and the model in it.
 pub struct Loaded {
     /// As opened.
@@ -91,7 +169,7 @@ pub fn load(arg: &str, ui: &Ui) -> Result<Loaded> {
 pub fn documents(
     args: &DataArgs,
     split: Split,
-    loaded: &Loaded,
+    checkpoint: &Checkpoint,
     exec: &Exec,
     ui: &mut Ui,
 ) -> Result<Vec<Document>> {
@@ -100,26 +178,27 @@ pub fn documents(
     for arg in &args.data {
         let source = DataSource::parse(arg)?;
         if tokenizer.is_none() && needs_tokenizer(&source) {
-            tokenizer = Some(loaded.tokenizer()?);
+            tokenizer = Some(checkpoint.tokenizer()?);
         }
         documents.extend(match (source, &tokenizer) {
             (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
             (DataSource::EnglishSmall, Some(tokenizer)) => data::english_small(split, tokenizer, ui)?,
             (DataSource::SelfSampled, _) => {
                 let defaults = SelfOptions::default();
-                let tokens = defaults.tokens.min(loaded.model.config.max_context);
+                let tokens = defaults.tokens.min(checkpoint.config.max_context);
                 // Nothing that is evaluated on was trained on.
                 let (documents, seed) = match split {
                     Split::Train => (defaults.documents, 0),
                     Split::Heldout => (defaults.documents / Split::HELDOUT_EVERY, 1),
                 };
                 let options = SelfOptions { documents, tokens, seed };
-                data::self_sampled(exec, &loaded.model, &options, ui)?
+                let model = Model::load(checkpoint)?;
+                data::self_sampled(exec, &model, &options, ui)?
             }
             (DataSource::EnglishSmall, None) => bail!("english-small needs a tokenizer"),
         });
     }
-    data::check_vocab(&documents, loaded.model.config.vocab)?;
+    data::check_vocab(&documents, checkpoint.config.vocab)?;
     Ok(documents)
 }
 

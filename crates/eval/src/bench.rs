@@ -2,7 +2,7 @@
 
 use crate::error::{EvalError, Result};
 use kernels::Exec;
-use model::{LogitRows, Model, Progress};
+use model::{Engine, LogitRows, Progress};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,7 @@ pub struct BenchResult {
 /// Times prefill (in chunks, from an empty cache) and decoding at every depth, on random tokens. One warm-up chunk and step come first.
 pub fn bench(
     exec: &Exec,
-    model: &Model,
+    model: &Engine,
     options: &BenchOptions,
     progress: &mut dyn Progress,
 ) -> Result<Vec<BenchResult>> {
@@ -69,7 +69,7 @@ pub fn bench(
     drop(warm);
 
     progress.start("bench", (deepest + depths.len() * options.decode_steps) as u64, "tok");
-    let mut cache = model.new_cache();
+    let (mut cache, mut logits) = (model.new_cache(), Vec::new());
     let mut seconds = 0.0;
     let mut results = Vec::with_capacity(depths.len());
     for &depth in &depths {
@@ -81,7 +81,7 @@ pub fn bench(
             let end = (start + options.chunk).min(depth);
             let rows = if end == depth { LogitRows::Last } else { LogitRows::None };
             let clock = Instant::now();
-            model.forward(exec, &tokens[start..end], &mut cache, rows)?;
+            model.forward_into(exec, &tokens[start..end], &mut cache, rows, &mut logits)?;
             seconds += clock.elapsed().as_secs_f64();
             progress.advance((end - start) as u64, "prefill");
         }
@@ -92,7 +92,8 @@ pub fn bench(
         let mut steps = Vec::with_capacity(options.decode_steps);
         for step in 0..options.decode_steps {
             let clock = Instant::now();
-            model.forward(exec, &tokens[depth + step..depth + step + 1], &mut fork, LogitRows::Last)?;
+            let token = &tokens[depth + step..depth + step + 1];
+            model.forward_into(exec, token, &mut fork, LogitRows::Last, &mut logits)?;
             steps.push(clock.elapsed().as_secs_f64());
             progress.advance(1, "decode");
         }

@@ -2,7 +2,7 @@
 
 use crate::error::{EvalError, Result};
 use kernels::Exec;
-use model::{LogitRows, Model, Progress, Sampler, SamplerOptions};
+use model::{Engine, LogitRows, Progress, Sampler, SamplerOptions};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -97,7 +97,7 @@ pub const ANSWER_TOKENS: usize = 12;
 /// Scores one model: the first run of digits in the greedy answer must equal the number.
 pub fn passkey(
     exec: &Exec,
-    model: &Model,
+    model: &Engine,
     tokenizer: &Tokenizer,
     options: &PasskeyOptions,
     progress: &mut dyn Progress,
@@ -123,7 +123,7 @@ pub fn passkey(
     Ok(results)
 }
 
-fn answers(exec: &Exec, model: &Model, tokenizer: &Tokenizer, prompt: &PasskeyPrompt) -> Result<bool> {
+fn answers(exec: &Exec, model: &Engine, tokenizer: &Tokenizer, prompt: &PasskeyPrompt) -> Result<bool> {
     let mut cache = model.new_cache();
     let mut sampler = Sampler::new(SamplerOptions::default())?;
     let mut logits = model.forward(exec, &prompt.tokens, &mut cache, LogitRows::Last)?;

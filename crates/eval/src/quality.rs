@@ -3,7 +3,7 @@
 use crate::error::{EvalError, Result};
 use crate::text::{EvalText, Window};
 use kernels::{Exec, loss};
-use model::{Model, NoObserver, Progress, TokenBatch};
+use model::{Engine, Progress};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -70,8 +70,8 @@ struct Sums {
 /// [`EvalError::Interrupted`].
 pub fn evaluate(
     exec: &Exec,
-    base: Option<&Model>,
-    models: &[&Model],
+    base: Option<&Engine>,
+    models: &[&Engine],
     texts: &[EvalText],
     progress: &mut dyn Progress,
 ) -> Result<Vec<Quality>> {
@@ -116,14 +116,13 @@ pub fn evaluate(
     Ok(sums.iter().map(|per_file| summarise(texts, per_file, base.is_some())).collect())
 }
 
-fn hidden(exec: &Exec, model: &Model, window: &Window) -> Result<Vec<f32>> {
+fn hidden(exec: &Exec, model: &Engine, window: &Window) -> Result<Vec<f32>> {
     // The last token is only predicted, never read.
-    let tokens = window.tokens[..window.tokens.len() - 1].to_vec();
-    let batch = TokenBatch { sequences: 1, seq_len: tokens.len(), tokens };
-    Ok(model.forward_batch(exec, &batch, &mut NoObserver, None)?)
+    let tokens = &window.tokens[..window.tokens.len() - 1];
+    Ok(model.hidden(exec, tokens, &mut model.new_cache())?)
 }
 
-fn logits(exec: &Exec, model: &Model, hidden: &[f32], rows: &Range<usize>) -> Vec<f32> {
+fn logits(exec: &Exec, model: &Engine, hidden: &[f32], rows: &Range<usize>) -> Vec<f32> {
     let d_model = model.config.d_model;
     model.logits(exec, &hidden[rows.start * d_model..rows.end * d_model])
 }

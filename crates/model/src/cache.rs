@@ -3,11 +3,16 @@
 
 use crate::error::{ModelError, Result};
 use crate::mixers::{HeadCache, HeadLayout};
+use crate::plan::HeadPlan;
+use kernels::kv::{KvStore, KvType};
 use std::sync::Arc;
+use weights::ModelConfig;
 
 /// What a cache must look like to belong to a model: two models with equal shapes have interchangeable caches.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct CacheShape {
+    /// How keys and values of kept groups are stored.
+    pub kv_type: KvType,
     /// Values per kept group and token, keys and values each.
     pub head_dim: usize,
     /// Per layer and group: whether it is converted.
@@ -17,13 +22,19 @@ pub(crate) struct CacheShape {
 }
 
 impl CacheShape {
-    /// Kept groups of all layers.
-    fn kept(&self) -> usize {
-        self.converted.iter().flatten().filter(|c| !**c).count()
+    pub fn new(config: &ModelConfig, plan: &HeadPlan, layout: Option<HeadLayout>, kv_type: KvType) -> Self {
+        let converted = (0..config.layers)
+            .map(|l| (0..config.kv_heads).map(|g| plan.is_converted(l, g)).collect())
+            .collect();
+        Self { kv_type, head_dim: config.head_dim, converted, layout }
     }
     /// Bytes that grow with the context, after `len` tokens.
     pub fn kv_bytes(&self, len: usize) -> usize {
-        2 * size_of::<f32>() * self.kept() * self.head_dim * len
+        let per_layer = |groups: &Vec<bool>| match groups.iter().filter(|c| !**c).count() {
+            0 => 0,
+            kept => KvStore::bytes_for(self.kv_type, kept, self.head_dim, len),
+        };
+        self.converted.iter().map(per_layer).sum()
     }
     /// Bytes that do not grow.
     pub fn constant_bytes(&self) -> usize {
@@ -34,16 +45,14 @@ impl CacheShape {
 
 /// Memory of one layer.
 #[derive(Clone, Debug)]
-pub struct LayerCache {
-    /// Keys of kept groups after RoPE, `[len, kept · head_dim]`.
-    pub k: Vec<f32>,
-    /// Values of kept groups, `[len, kept · head_dim]`.
-    pub v: Vec<f32>,
+pub(crate) struct LayerCache {
+    /// Keys (after RoPE) and values of kept groups; `None` when all are converted.
+    pub kv: Option<KvStore>,
     /// Constant memory per group; `None` for kept groups.
     pub heads: Vec<Option<HeadCache>>,
 }
 
-/// All memory of one sequence. Forking is `clone`.
+/// All memory of one sequence. Forking is `clone`, which shares full pages of keys and values until either side writes.
 #[derive(Clone, Debug)]
 pub struct Cache {
     pub(crate) shape: Arc<CacheShape>,
@@ -57,8 +66,10 @@ impl Cache {
             .converted
             .iter()
             .map(|groups| LayerCache {
-                k: Vec::new(),
-                v: Vec::new(),
+                kv: match groups.iter().filter(|c| !**c).count() {
+                    0 => None,
+                    kept => Some(KvStore::new(shape.kv_type, kept, shape.head_dim)),
+                },
                 heads: groups
                     .iter()
                     .map(|&c| if c { shape.layout.as_ref().map(HeadLayout::new_cache) } else { None })
@@ -77,7 +88,7 @@ impl Cache {
     }
     /// Bytes that grow with the context.
     pub fn kv_bytes(&self) -> usize {
-        self.layers.iter().map(|l| size_of_val(l.k.as_slice()) + size_of_val(l.v.as_slice())).sum()
+        self.layers.iter().filter_map(|l| l.kv.as_ref()).map(KvStore::bytes).sum()
     }
     /// Bytes that do not.
     pub fn constant_bytes(&self) -> usize {
@@ -114,20 +125,8 @@ impl Cache {
                 self.len
             )));
         }
-        for (layer, groups) in self.layers.iter_mut().zip(&self.shape.converted) {
-            let width = groups.len() * self.shape.head_dim;
-            layer.k.truncate(len * width);
-            layer.v.truncate(len * width);
-        }
+        self.layers.iter_mut().filter_map(|l| l.kv.as_mut()).for_each(|kv| kv.truncate(len));
         self.len = len;
         Ok(())
     }
-}
-
-/// Appends `rows` to a growing buffer. Growth is by an eighth, not by doubling: a long context's memory is mostly used.
-pub(crate) fn append(buffer: &mut Vec<f32>, rows: &[f32]) {
-    if buffer.capacity() - buffer.len() < rows.len() {
-        buffer.reserve_exact(rows.len().max(buffer.len() / 8));
-    }
-    buffer.extend_from_slice(rows);
 }

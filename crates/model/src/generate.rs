@@ -1,8 +1,8 @@
 //! The generation loop: prompt in, tokens out, one cache. Knows token ids, stop ids and a sampler; text is the caller's.
 
 use crate::cache::Cache;
+use crate::engine::{Engine, LogitRows};
 use crate::error::Result;
-use crate::model::{LogitRows, Model};
 use crate::sampler::Sampler;
 use kernels::Exec;
 
@@ -34,7 +34,7 @@ pub struct GenerateLimits<'a> {
 /// the last token fed; a final end token is not fed. An empty prompt needs a non-empty cache and is an error.
 pub fn generate(
     exec: &Exec,
-    model: &Model,
+    engine: &Engine,
     cache: &mut Cache,
     history: &mut Vec<u32>,
     prompt: &[u32],
@@ -46,16 +46,17 @@ pub fn generate(
         return Err(crate::ModelError::Sampler("the prompt is empty; give at least one token".into()));
     }
     // Checked before anything runs, so that a long prompt fails at once.
-    if cache.len() + prompt.len() > model.context_limit {
+    if cache.len() + prompt.len() > engine.context_limit {
         return Err(crate::ModelError::Context {
             requested: cache.len() + prompt.len(),
-            limit: model.context_limit,
+            limit: engine.context_limit,
         });
     }
     let mut logits = Vec::new();
     for (start, chunk) in (0..).step_by(PREFILL_CHUNK).zip(prompt.chunks(PREFILL_CHUNK)) {
         let last = start + chunk.len() == prompt.len();
-        logits = model.forward(exec, chunk, cache, if last { LogitRows::Last } else { LogitRows::None })?;
+        let rows = if last { LogitRows::Last } else { LogitRows::None };
+        engine.forward_into(exec, chunk, cache, rows, &mut logits)?;
         history.extend_from_slice(chunk);
     }
     for produced in 0..limits.max_new {
@@ -66,10 +67,10 @@ pub fn generate(
         let go_on = on_token(token);
         if produced + 1 == limits.max_new || !go_on {
             history.push(token);
-            model.forward(exec, &[token], cache, LogitRows::None)?;
+            engine.forward_into(exec, &[token], cache, LogitRows::None, &mut logits)?;
             return Ok(if go_on { Finish::Length } else { Finish::Stopped });
         }
-        logits = model.forward(exec, &[token], cache, LogitRows::Last)?;
+        engine.forward_into(exec, &[token], cache, LogitRows::Last, &mut logits)?;
         history.push(token);
     }
     Ok(Finish::Length)

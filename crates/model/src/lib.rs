@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cache;
+pub mod engine;
 pub mod error;
 pub mod generate;
 pub mod mixers;
@@ -14,8 +15,9 @@ pub mod progress;
 pub mod sampler;
 
 pub use cache::Cache;
+pub use engine::{Engine, EngineOptions, LogitRows};
 pub use error::{ModelError, Result};
-pub use model::{LogitRows, Model, Tape, TokenBatch, head_tensor_name};
+pub use model::{Model, Tape, TokenBatch, head_tensor_name};
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};
 pub use plan::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind};

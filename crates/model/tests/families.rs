@@ -4,7 +4,9 @@
 
 use kernels::Exec;
 use kernels::loss::cross_entropy;
-use recurformer_model::{Grads, LogitRows, Model, ModelConfig, NoObserver, ParamId, Tape, TokenBatch};
+use recurformer_model::{
+    Engine, EngineOptions, Grads, LogitRows, Model, ModelConfig, NoObserver, ParamId, Tape, TokenBatch,
+};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -91,16 +93,17 @@ fn logits_match_transformers() {
         let hidden = model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap();
         check_within(&format!("{family}, batch"), &model.logits(&exec, &hidden), &expected, limit);
 
+        let engine = Engine::from_model(&exec, &model, EngineOptions::EXACT).unwrap();
         let per_sequence = expected.len() / batch.sequences;
         let sequences = batch.tokens.chunks(batch.seq_len).zip(expected.chunks(per_sequence));
         for (tokens, expected) in sequences {
-            let mut cache = model.new_cache();
-            let found = model.forward(&exec, tokens, &mut cache, LogitRows::All).unwrap();
+            let mut cache = engine.new_cache();
+            let found = engine.forward(&exec, tokens, &mut cache, LogitRows::All).unwrap();
             check_within(&format!("{family}, cached"), &found, expected, limit);
 
-            let mut cache = model.new_cache();
+            let mut cache = engine.new_cache();
             for (token, expected) in tokens.iter().zip(expected.chunks(model.config.vocab)) {
-                let found = model.forward(&exec, &[*token], &mut cache, LogitRows::Last).unwrap();
+                let found = engine.forward(&exec, &[*token], &mut cache, LogitRows::Last).unwrap();
                 check_within(&format!("{family}, token by token"), &found, expected, limit);
             }
         }

@@ -3,9 +3,11 @@
 
 mod common;
 
-use common::{Share, VOCAB, all_models, base, configs, exec, hybrid, plan, relative_error, specs, tokens};
+use common::{
+    Share, VOCAB, all_models, base, configs, engine_of, exec, hybrid, plan, relative_error, specs, tokens,
+};
 use kernels::Exec;
-use recurformer_model::{Cache, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch};
+use recurformer_model::{Cache, Engine, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch};
 
 /// Largest difference between orders of summation as a share of the logits' root mean square: f32 rounding (6e-8) through a few layers
 /// and some dozens of recurrent steps stays two orders below.
@@ -14,14 +16,15 @@ const ORDER_TOLERANCE: f64 = 5e-5;
 const TOKENS: usize = 67;
 
 fn full(model: &Model, tokens: &[u32]) -> Vec<f32> {
-    model.forward(&exec(), tokens, &mut model.new_cache(), LogitRows::All).unwrap()
+    let engine = engine_of(model);
+    engine.forward(&exec(), tokens, &mut engine.new_cache(), LogitRows::All).unwrap()
 }
 
-fn chunked(model: &Model, tokens: &[u32], chunks: &[usize]) -> (Vec<f32>, Cache) {
-    let (exec, mut cache, mut logits, mut rest) = (exec(), model.new_cache(), Vec::new(), tokens);
+fn chunked(engine: &Engine, tokens: &[u32], chunks: &[usize]) -> (Vec<f32>, Cache) {
+    let (exec, mut cache, mut logits, mut rest) = (exec(), engine.new_cache(), Vec::new(), tokens);
     for &n in chunks.iter().cycle() {
         let (chunk, tail) = rest.split_at(n.min(rest.len()));
-        logits.extend(model.forward(&exec, chunk, &mut cache, LogitRows::All).unwrap());
+        logits.extend(engine.forward(&exec, chunk, &mut cache, LogitRows::All).unwrap());
         rest = tail;
         if rest.is_empty() {
             return (logits, cache);
@@ -34,14 +37,15 @@ fn chunked(model: &Model, tokens: &[u32], chunks: &[usize]) -> (Vec<f32>, Cache)
 fn full_is_chunked_is_token_by_token_is_batched() {
     for config in configs() {
         for (name, model) in all_models(&config) {
+            let engine = engine_of(&model);
             let tokens = tokens(TOKENS, 5);
             let expected = full(&model, &tokens);
             for chunks in [&[1][..], &[7, 1, 13], &[64], &[2, 3, 0, 31]] {
-                let (found, cache) = chunked(&model, &tokens, chunks);
+                let (found, cache) = chunked(&engine, &tokens, chunks);
                 let error = relative_error(&found, &expected);
                 assert!(error < ORDER_TOLERANCE, "{name}, chunks {chunks:?}: {error:e}");
                 assert_eq!(cache.len(), TOKENS);
-                assert_eq!(cache.bytes(), model.cache_bytes(TOKENS), "{name}");
+                assert_eq!(cache.bytes(), engine.cache_bytes(TOKENS), "{name}");
             }
             let batch = TokenBatch { sequences: 1, seq_len: TOKENS, tokens };
             let exec = exec();
@@ -77,11 +81,12 @@ const LENGTHS: [usize; 9] = [3, 0, 65, 1, 17, 8, 33, 2, 64];
 fn decoding_several_sequences_is_decoding_each() {
     for config in configs() {
         for (name, model) in all_models(&config) {
+            let engine = engine_of(&model);
             let exec = exec();
             let prompt = tokens(65, 9);
-            let mut prefilled = LENGTHS.map(|_| model.new_cache());
+            let mut prefilled = LENGTHS.map(|_| engine.new_cache());
             for (len, cache) in LENGTHS.into_iter().zip(&mut prefilled) {
-                model.forward(&exec, &prompt[..len], cache, LogitRows::None).unwrap();
+                engine.forward(&exec, &prompt[..len], cache, LogitRows::None).unwrap();
             }
             for n in [1, 2, 5, 9] {
                 let mut single = prefilled[..n].to_vec();
@@ -89,15 +94,15 @@ fn decoding_several_sequences_is_decoding_each() {
                 for step in 0..3 {
                     let tokens = tokens(n, 10 + step);
                     let mut caches: Vec<&mut Cache> = batched.iter_mut().collect();
-                    let found = model.decode_batch(&exec, &tokens, &mut caches).unwrap();
-                    let expected = each(&model, &exec, &tokens, &mut single);
+                    let found = engine.decode_batch(&exec, &tokens, &mut caches).unwrap();
+                    let expected = each(&engine, &exec, &tokens, &mut single);
                     let error = relative_error(&found, &expected);
                     assert!(error < ORDER_TOLERANCE, "{name}, {n} sequences, step {step}: {error:e}");
                 }
                 for (s, (batched, single)) in batched.iter_mut().zip(&mut single).enumerate() {
                     assert_eq!((batched.len(), batched.bytes()), (LENGTHS[s] + 3, single.bytes()), "{name}");
                     let [found, expected] = [batched, single]
-                        .map(|cache| model.forward(&exec, &prompt[..7], cache, LogitRows::All).unwrap());
+                        .map(|cache| engine.forward(&exec, &prompt[..7], cache, LogitRows::All).unwrap());
                     let error = relative_error(&found, &expected);
                     assert!(error < ORDER_TOLERANCE, "{name}, {n} sequences, {s} went on: {error:e}");
                 }
@@ -106,8 +111,8 @@ fn decoding_several_sequences_is_decoding_each() {
     }
 }
 
-fn each(model: &Model, exec: &Exec, tokens: &[u32], caches: &mut [Cache]) -> Vec<f32> {
-    let one = |(token, cache)| model.forward(exec, &[token], cache, LogitRows::Last).unwrap();
+fn each(engine: &Engine, exec: &Exec, tokens: &[u32], caches: &mut [Cache]) -> Vec<f32> {
+    let one = |(token, cache)| engine.forward(exec, &[token], cache, LogitRows::Last).unwrap();
     tokens.iter().copied().zip(caches).flat_map(one).collect()
 }
 
@@ -115,12 +120,13 @@ fn each(model: &Model, exec: &Exec, tokens: &[u32], caches: &mut [Cache]) -> Vec
 fn threads_do_not_change_a_batch() {
     let config = &configs()[1];
     for (name, model) in all_models(config) {
+        let engine = engine_of(&model);
         let logits = [1, 2, 3].map(|threads| {
             let exec = Exec::new(threads).unwrap();
-            let mut caches = LENGTHS.map(|_| model.new_cache());
+            let mut caches = LENGTHS.map(|_| engine.new_cache());
             let mut caches: Vec<&mut Cache> = caches.iter_mut().collect();
-            model.decode_batch(&exec, &tokens(9, 1), &mut caches).unwrap();
-            model.decode_batch(&exec, &tokens(9, 2), &mut caches).unwrap()
+            engine.decode_batch(&exec, &tokens(9, 1), &mut caches).unwrap();
+            engine.decode_batch(&exec, &tokens(9, 2), &mut caches).unwrap()
         });
         assert!(logits[0] == logits[1] && logits[0] == logits[2], "{name}");
     }
@@ -133,26 +139,27 @@ fn a_bad_sequence_leaves_the_whole_batch_unchanged() {
     for spec in specs(config.head_dim) {
         let base = base(config, 1);
         let model = hybrid(&base, plan(config, spec, Share::Some), 2);
+        let engine = engine_of(&model);
         let mut caches = [5, 200, 0].map(|len| {
-            let mut cache = model.new_cache();
-            model.forward(&exec, &tokens(len, 1), &mut cache, LogitRows::None).unwrap();
+            let mut cache = engine.new_cache();
+            engine.forward(&exec, &tokens(len, 1), &mut cache, LogitRows::None).unwrap();
             cache
         });
         let before = caches.clone();
-        let mut foreign = base.new_cache();
+        let mut foreign = engine_of(&base).new_cache();
         let [a, full, b] = &mut caches;
-        assert!(model.decode_batch(&exec, &[], &mut []).unwrap().is_empty());
-        let error = model.decode_batch(&exec, &[1, 2], &mut [a, full]).unwrap_err();
+        assert!(engine.decode_batch(&exec, &[], &mut []).unwrap().is_empty());
+        let error = engine.decode_batch(&exec, &[1, 2], &mut [a, full]).unwrap_err();
         assert!(matches!(error, ModelError::Context { requested: 201, limit: 200 }), "{error}");
-        let error = model.decode_batch(&exec, &[1, 99], &mut [b, a]).unwrap_err();
+        let error = engine.decode_batch(&exec, &[1, 99], &mut [b, a]).unwrap_err();
         assert!(matches!(error, ModelError::Token { token: 99, position: 5, vocab: 37 }), "{error}");
-        let error = model.decode_batch(&exec, &[1, 2], &mut [a, &mut foreign]).unwrap_err();
+        let error = engine.decode_batch(&exec, &[1, 2], &mut [a, &mut foreign]).unwrap_err();
         assert!(matches!(error, ModelError::Cache(_)), "{error}");
         for (mut cache, mut before) in caches.into_iter().zip(before) {
             assert_eq!((cache.len(), cache.bytes()), (before.len(), before.bytes()));
             if cache.len() < 200 {
                 let [found, expected] = [&mut cache, &mut before]
-                    .map(|cache| model.forward(&exec, &[3, 4], cache, LogitRows::All).unwrap());
+                    .map(|cache| engine.forward(&exec, &[3, 4], cache, LogitRows::All).unwrap());
                 assert_eq!(found, expected, "{spec:?}");
             }
         }
@@ -163,16 +170,17 @@ fn a_bad_sequence_leaves_the_whole_batch_unchanged() {
 fn logit_rows() {
     for config in configs() {
         let model = base(&config, 1);
+        let engine = engine_of(&model);
         let (exec, tokens) = (exec(), tokens(9, 3));
         let all = full(&model, &tokens);
         assert_eq!(all.len(), 9 * VOCAB);
-        let last = model.forward(&exec, &tokens, &mut model.new_cache(), LogitRows::Last).unwrap();
+        let last = engine.forward(&exec, &tokens, &mut engine.new_cache(), LogitRows::Last).unwrap();
         assert!(relative_error(&last, &all[8 * VOCAB..]) < ORDER_TOLERANCE);
-        let mut cache = model.new_cache();
-        assert!(model.forward(&exec, &tokens, &mut cache, LogitRows::None).unwrap().is_empty());
+        let mut cache = engine.new_cache();
+        assert!(engine.forward(&exec, &tokens, &mut cache, LogitRows::None).unwrap().is_empty());
         assert_eq!(cache.len(), 9);
         for rows in [LogitRows::All, LogitRows::Last, LogitRows::None] {
-            assert!(model.forward(&exec, &[], &mut cache, rows).unwrap().is_empty());
+            assert!(engine.forward(&exec, &[], &mut cache, rows).unwrap().is_empty());
         }
         assert_eq!(cache.len(), 9);
     }
@@ -217,16 +225,17 @@ fn a_window_over_everything_is_attention() {
 fn forks_are_independent_and_snapshots_restore() {
     let config = &configs()[2];
     for (name, model) in all_models(config) {
+        let engine = engine_of(&model);
         let (exec, prompt) = (exec(), tokens(21, 7));
-        let mut cache = model.new_cache();
-        model.forward(&exec, &prompt, &mut cache, LogitRows::None).unwrap();
+        let mut cache = engine.new_cache();
+        engine.forward(&exec, &prompt, &mut cache, LogitRows::None).unwrap();
         let snapshot = cache.clone();
-        let expected = model.forward(&exec, &[1, 2, 3], &mut cache, LogitRows::All).unwrap();
+        let expected = engine.forward(&exec, &[1, 2, 3], &mut cache, LogitRows::All).unwrap();
         let mut fork = snapshot.clone();
-        model.forward(&exec, &[9, 9], &mut fork, LogitRows::All).unwrap();
+        engine.forward(&exec, &[9, 9], &mut fork, LogitRows::All).unwrap();
         cache.restore(&snapshot);
         assert_eq!(cache.len(), 21);
-        let again = model.forward(&exec, &[1, 2, 3], &mut cache, LogitRows::All).unwrap();
+        let again = engine.forward(&exec, &[1, 2, 3], &mut cache, LogitRows::All).unwrap();
         assert_eq!(again, expected, "{name}");
         assert_eq!((cache.len(), fork.len(), snapshot.len()), (24, 23, 21));
     }
@@ -237,11 +246,12 @@ fn truncation() {
     let config = &configs()[0];
     let (exec, prompt) = (exec(), tokens(21, 7));
     for (name, model) in all_models(config) {
-        let mut cache = model.new_cache();
+        let engine = engine_of(&model);
+        let mut cache = engine.new_cache();
         assert!(cache.is_empty());
-        let first = model.forward(&exec, &prompt[..8], &mut cache, LogitRows::All).unwrap();
+        let first = engine.forward(&exec, &prompt[..8], &mut cache, LogitRows::All).unwrap();
         let short = cache.clone();
-        model.forward(&exec, &prompt[8..], &mut cache, LogitRows::None).unwrap();
+        engine.forward(&exec, &prompt[8..], &mut cache, LogitRows::None).unwrap();
         let bytes = cache.bytes();
         cache.truncate(21).unwrap();
         assert!(matches!(cache.truncate(22), Err(ModelError::Cache(_))));
@@ -250,7 +260,7 @@ fn truncation() {
             result.unwrap();
             assert_eq!(cache.bytes(), short.bytes());
             let [found, expected] = [cache.clone(), short]
-                .map(|mut c| model.forward(&exec, &prompt, &mut c, LogitRows::All).unwrap());
+                .map(|mut c| engine.forward(&exec, &prompt, &mut c, LogitRows::All).unwrap());
             assert_eq!(found, expected);
         } else {
             let message = result.expect_err(&name).to_string();
@@ -258,8 +268,8 @@ fn truncation() {
             assert_eq!((cache.len(), cache.bytes()), (21, bytes), "{name}: changed by an error");
         }
         cache.truncate(0).unwrap();
-        assert_eq!((cache.len(), cache.bytes()), (0, model.cache_bytes(0)));
-        assert_eq!(model.forward(&exec, &prompt[..8], &mut cache, LogitRows::All).unwrap(), first, "{name}");
+        assert_eq!((cache.len(), cache.bytes()), (0, engine.cache_bytes(0)));
+        assert_eq!(engine.forward(&exec, &prompt[..8], &mut cache, LogitRows::All).unwrap(), first, "{name}");
     }
 }
 
@@ -267,16 +277,18 @@ fn truncation() {
 fn cache_grows_with_kept_groups_only() {
     let config = &configs()[1];
     let base = base(config, 1);
-    let per_token = config.kv_bytes_per_token(4);
-    assert_eq!(base.cache_bytes(100), 100 * per_token);
+    let pages = |model: &Model, context| engine_of(model).cache_bytes(context);
+    let page = pages(&base, 1);
+    assert!(page >= 256 * config.kv_bytes_per_token(4), "a page has 256 positions");
+    assert_eq!((pages(&base, 0), pages(&base, 256), pages(&base, 257)), (0, page, 2 * page));
     for spec in specs(config.head_dim) {
         let some = hybrid(&base, plan(config, spec, Share::Some), 2);
         let kept = some.plan.total() - some.plan.converted();
-        let grown = some.cache_bytes(101) - some.cache_bytes(100);
-        assert_eq!(grown * some.plan.total(), per_token * kept, "{spec:?}");
+        let grown = pages(&some, 1025) - pages(&some, 1024);
+        assert_eq!(grown * some.plan.total(), page * kept, "{spec:?}");
         let all = hybrid(&base, plan(config, spec, Share::All), 2);
-        assert_eq!(all.cache_bytes(100_000), all.cache_bytes(0), "{spec:?}");
-        assert!(all.cache_bytes(0) > 0);
+        assert_eq!(pages(&all, 100_000), pages(&all, 0), "{spec:?}");
+        assert!(pages(&all, 0) > 0);
     }
 }
 
@@ -287,22 +299,24 @@ fn bad_input_changes_nothing() {
     let spec = specs(config.head_dim)[1];
     let base = base(config, 1);
     let mut model = hybrid(&base, plan(config, spec, Share::Some), 2);
-    let mut cache = model.new_cache();
-    model.forward(&exec, &tokens(190, 1), &mut cache, LogitRows::None).unwrap();
+    let mut engine = engine_of(&model);
+    let mut cache = engine.new_cache();
+    engine.forward(&exec, &tokens(190, 1), &mut cache, LogitRows::None).unwrap();
     let before = cache.bytes();
 
-    let error = model.forward(&exec, &[1, VOCAB as u32], &mut cache, LogitRows::All).unwrap_err();
+    let error = engine.forward(&exec, &[1, VOCAB as u32], &mut cache, LogitRows::All).unwrap_err();
     assert!(matches!(error, ModelError::Token { token: 37, position: 191, vocab: 37 }), "{error}");
-    let error = model.forward(&exec, &[1; 11], &mut cache, LogitRows::All).unwrap_err();
+    let error = engine.forward(&exec, &[1; 11], &mut cache, LogitRows::All).unwrap_err();
     assert!(matches!(error, ModelError::Context { requested: 201, limit: 200 }), "{error}");
-    let mut foreign = base.new_cache();
-    let error = model.forward(&exec, &[1], &mut foreign, LogitRows::All).unwrap_err();
+    let mut foreign = engine_of(&base).new_cache();
+    let error = engine.forward(&exec, &[1], &mut foreign, LogitRows::All).unwrap_err();
     assert!(matches!(error, ModelError::Cache(_)), "{error}");
     assert_eq!((cache.len(), cache.bytes(), foreign.len()), (190, before, 0));
 
-    model.forward(&exec, &[1; 10], &mut cache, LogitRows::None).unwrap();
+    engine.forward(&exec, &[1; 10], &mut cache, LogitRows::None).unwrap();
     model.context_limit = 300;
-    model.forward(&exec, &[1; 11], &mut cache, LogitRows::None).unwrap();
+    engine.context_limit = 300;
+    engine.forward(&exec, &[1; 11], &mut cache, LogitRows::None).unwrap();
     assert_eq!(cache.len(), 211);
 
     let batch = |seq_len: usize, token| TokenBatch { sequences: 1, seq_len, tokens: vec![token; seq_len] };

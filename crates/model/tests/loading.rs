@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{Share, base, configs, exec, hybrid, plan, specs, tokens};
-use recurformer_model::{LogitRows, Model, ModelConfig, ModelError, RecurrentKind};
+use common::{Share, base, configs, engine_of, exec, hybrid, plan, specs, tokens};
+use recurformer_model::{Engine, EngineOptions, LogitRows, Model, ModelConfig, ModelError, RecurrentKind};
 use serde_json::json;
 use std::path::Path;
 use weights::Checkpoint;
@@ -64,12 +64,19 @@ fn save_load_continue() {
             assert_eq!(loaded.config, ModelConfig { bos_token_id, eos_token_ids, ..config.clone() });
             assert_eq!(loaded.plan, model.plan);
             let (exec, tokens) = (exec(), tokens(30, 3));
-            let mut cache = model.new_cache();
-            model.forward(&exec, &tokens[..17], &mut cache, LogitRows::None).unwrap();
-            let mut same = cache.clone();
-            let [expected, found] = [(&model, &mut cache), (&loaded, &mut same)]
-                .map(|(model, cache)| model.forward(&exec, &tokens[17..], cache, LogitRows::All).unwrap());
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            let engines = [
+                engine_of(&model),
+                engine_of(&loaded),
+                Engine::load(&exec, &checkpoint, EngineOptions::EXACT).unwrap(),
+            ];
+            let mut cache = engines[0].new_cache();
+            engines[0].forward(&exec, &tokens[..17], &mut cache, LogitRows::None).unwrap();
+            let [expected, found, packed] = engines.map(|engine| {
+                engine.forward(&exec, &tokens[17..], &mut cache.clone(), LogitRows::All).unwrap()
+            });
             assert_eq!(found, expected, "a loaded model continues a cache bit for bit");
+            assert_eq!(packed, expected, "packing the stored tensors gives the same bits");
             if converted {
                 let layer = 0;
                 assert_eq!(loaded.head_tensors(layer, 1), model.head_tensors(layer, 1));

@@ -60,7 +60,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let loaded = load(&args.model, ui)?;
     check_context(&loaded.model.config, args.context)?;
-    let documents = documents(&args.data, Split::Train, &loaded, &exec, ui)?;
+    let documents = documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?;
     let sequences = sequences(&documents, args.context, args.tokens, args.seed)?;
     let options =
         AnalyzeOptions { criteria: args.criteria.clone(), seed: args.seed, ..AnalyzeOptions::default() };

@@ -1,10 +1,11 @@
 //! `bench`: speed and memory against depth.
 
-use crate::common::{ExecArgs, load, print_json};
+use crate::common::{EngineArgs, ExecArgs, print_json, run_engine};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::bench::{BenchOptions, BenchResult, bench};
 use eval::report::bytes;
+use model::EngineOptions;
 use serde_json::json;
 
 /// Time prefill and decoding at several depths, and report the cache size there. With --base, both models side by side.
@@ -33,6 +34,8 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     exec: ExecArgs,
 }
 
@@ -44,7 +47,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         ..BenchOptions::default()
     };
     let mut measure = |name: &str| -> Result<Vec<BenchResult>> {
-        let mut model = load(name, ui)?.model;
+        let mut model = run_engine(name, args.engine.options(EngineOptions::default()), &exec, ui)?.engine;
         if args.beyond_context {
             model.context_limit = usize::MAX;
         }

@@ -1,9 +1,10 @@
 //! `chat`: a conversation whose history stays in the cache.
 
 use crate::commands::generate::SamplingArgs;
-use crate::common::{ExecArgs, load};
+use crate::common::{EngineArgs, ExecArgs, run_engine};
 use crate::ui::Ui;
 use anyhow::Result;
+use model::EngineOptions;
 use model::generate::{GenerateLimits, generate};
 use std::io::{BufRead, IsTerminal, Write};
 use std::sync::atomic::Ordering;
@@ -26,14 +27,16 @@ pub struct Args {
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     exec: ExecArgs,
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let mut sampler = args.sampling.sampler()?;
-    let loaded = load(&args.model, ui)?;
-    let (model, tokenizer) = (&loaded.model, loaded.tokenizer()?);
+    let running = run_engine(&args.model, args.engine.options(EngineOptions::default()), &exec, ui)?;
+    let (model, tokenizer) = (&running.engine, running.tokenizer()?);
     let mut messages: Vec<ChatMessage> = Vec::new();
     messages
         .extend(args.system.iter().map(|text| ChatMessage { role: "system".into(), content: text.clone() }));

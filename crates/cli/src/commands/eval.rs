@@ -1,6 +1,8 @@
 //! `eval`: perplexity, divergence from a base, passkey retrieval.
 
-use crate::common::{DataArgs, ExecArgs, check_context, documents, load, print_json, usage};
+use crate::common::{
+    DataArgs, EngineArgs, ExecArgs, check_context, documents, print_json, run_engine, usage,
+};
 use crate::ui::Ui;
 use anyhow::Result;
 use clap::Subcommand;
@@ -8,6 +10,7 @@ use eval::passkey::{PasskeyOptions, passkey};
 use eval::quality::{Quality, evaluate};
 use eval::report::number;
 use eval::text::{WindowOptions, windows};
+use model::EngineOptions;
 use serde_json::{Value, json};
 use train::data::Split;
 
@@ -60,6 +63,8 @@ struct TextArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     exec: ExecArgs,
 }
 
@@ -84,6 +89,8 @@ struct PasskeyArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     exec: ExecArgs,
 }
 
@@ -100,9 +107,11 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
         return Err(usage("eval kl needs --base"));
     }
     let exec = args.exec.exec()?;
-    let loaded = load(&args.model, ui)?;
-    let base = args.base.as_deref().map(|name| load(name, ui)).transpose()?;
-    let config = &loaded.model.config;
+    let model = run_engine(&args.model, args.engine.options(EngineOptions::EXACT), &exec, ui)?;
+    // The reference is exact, whatever types the model runs in.
+    let base =
+        args.base.as_deref().map(|name| run_engine(name, EngineOptions::EXACT, &exec, ui)).transpose()?;
+    let config = &model.engine.config;
     check_context(config, args.context)?;
     let bos = match (args.bos, config.bos_token_id) {
         (false, _) => None,
@@ -111,16 +120,16 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
     };
     // `self` is text of the base model, and both models are judged on the same.
     let sampled = args.data.data.iter().any(|arg| arg == "self");
-    let writer = base.as_ref().filter(|_| sampled).unwrap_or(&loaded);
-    let documents = documents(&args.data, Split::Heldout, writer, &exec, ui)?;
+    let writer = base.as_ref().filter(|_| sampled).unwrap_or(&model);
+    let documents = documents(&args.data, Split::Heldout, &writer.checkpoint, &exec, ui)?;
     let options =
         WindowOptions { context: args.context, stride: args.stride, bos, max_tokens: args.max_tokens };
     let texts = windows(&documents, &options)?;
-    let mut models = vec![&loaded.model];
+    let mut models = vec![&model.engine];
     if !divergence {
-        models.extend(base.as_ref().map(|b| &b.model));
+        models.extend(base.as_ref().map(|b| &b.engine));
     }
-    let reference = base.as_ref().map(|b| &b.model);
+    let reference = base.as_ref().map(|b| &b.engine);
     let results = evaluate(&exec, reference, &models, &texts, ui)?;
     if args.json {
         let mut value: Value = serde_json::to_value(&results[0])?;
@@ -174,11 +183,11 @@ fn retrieval(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let options = PasskeyOptions { contexts: args.contexts.clone(), samples: args.samples, seed: args.seed };
     let mut measure = |name: &str| -> Result<_> {
-        let loaded = load(name, ui)?;
+        let running = run_engine(name, args.engine.options(EngineOptions::EXACT), &exec, ui)?;
         for &context in &options.contexts {
-            check_context(&loaded.model.config, context)?;
+            check_context(&running.engine.config, context)?;
         }
-        Ok(passkey(&exec, &loaded.model, &loaded.tokenizer()?, &options, ui)?)
+        Ok(passkey(&exec, &running.engine, &running.tokenizer()?, &options, ui)?)
     };
     let results = measure(&args.model)?;
     let base = args.base.as_deref().map(&mut measure).transpose()?;

@@ -1,10 +1,10 @@
 //! `generate`: continues a prompt.
 
-use crate::common::{ExecArgs, Loaded, load, print_json, usage};
+use crate::common::{EngineArgs, ExecArgs, Running, print_json, run_engine, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use model::generate::{Finish, GenerateLimits, generate};
-use model::{Sampler, SamplerOptions};
+use model::{EngineOptions, Sampler, SamplerOptions};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -38,6 +38,8 @@ pub struct Args {
     /// Print one JSON object at the end instead of streaming.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     exec: ExecArgs,
 }
@@ -89,9 +91,9 @@ impl SamplingArgs {
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let mut sampler = args.sampling.sampler()?;
-    let loaded = load(&args.model, ui)?;
-    let model = &loaded.model;
-    let (prompt, tokenizer) = prompt(args, &loaded, ui)?;
+    let running = run_engine(&args.model, args.engine.options(EngineOptions::default()), &exec, ui)?;
+    let model = &running.engine;
+    let (prompt, tokenizer) = prompt(args, &running, ui)?;
     let mut cache = model.new_cache();
     let mut history = Vec::new();
     let mut text = tokenizer.as_ref().map(|tokenizer| StopStream::new(tokenizer, &args.sampling.stop));
@@ -145,18 +147,18 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
 }
 
 /// The prompt's token ids, and the tokenizer: none when it is missing and neither the prompt nor the output is text.
-fn prompt(args: &Args, loaded: &Loaded, ui: &mut Ui) -> Result<(Vec<u32>, Option<Tokenizer>)> {
+fn prompt(args: &Args, running: &Running, ui: &mut Ui) -> Result<(Vec<u32>, Option<Tokenizer>)> {
     let ids = match (&args.tokens, &args.prompt_file) {
         (Some(tokens), _) => Some(tokens.clone()),
         (_, Some(path)) if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy")) => {
             let documents = train::data::read_file(path, None, ui)?;
-            train::data::check_vocab(&documents, loaded.model.config.vocab)?;
+            train::data::check_vocab(&documents, running.engine.config.vocab)?;
             Some(documents.into_iter().flat_map(|d| d.tokens).collect())
         }
         _ => None,
     };
     let only_ids = ids.is_some() && args.json && args.sampling.stop.is_empty();
-    let tokenizer = match loaded.tokenizer() {
+    let tokenizer = match running.tokenizer() {
         Err(_) if only_ids => None,
         other => Some(other?),
     };

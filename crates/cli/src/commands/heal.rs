@@ -105,7 +105,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         );
     }
     check_context(&base.model.config, args.context)?;
-    let documents = documents(&args.data, Split::Train, &base, &exec, ui)?;
+    let documents = documents(&args.data, Split::Train, &base.checkpoint, &exec, ui)?;
     let mut stream = SequenceStream::new(&documents, args.context, args.seed)?;
     let defaults = HealOptions::default();
     let mut state_dir = args.out.clone().into_os_string();

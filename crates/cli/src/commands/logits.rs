@@ -1,9 +1,9 @@
 //! `logits`: the raw output of a model for given token ids.
 
-use crate::common::{ExecArgs, check_output, load, usage};
+use crate::common::{EngineArgs, ExecArgs, check_output, run_engine, usage};
 use crate::ui::Ui;
 use anyhow::Result;
-use model::LogitRows;
+use model::{EngineOptions, LogitRows};
 use npyz::WriterBuilder;
 use std::path::PathBuf;
 
@@ -24,6 +24,8 @@ pub struct Args {
     #[arg(long)]
     out: PathBuf,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     exec: ExecArgs,
 }
 
@@ -33,7 +35,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     }
     check_output(&args.out, true)?;
     let exec = args.exec.exec()?;
-    let model = load(&args.model, ui)?.model;
+    let model = run_engine(&args.model, args.engine.options(EngineOptions::EXACT), &exec, ui)?.engine;
     let logits = model.forward(&exec, &args.tokens, &mut model.new_cache(), LogitRows::All)?;
     let mut bytes = Vec::new();
     let mut writer = npyz::WriteOptions::new()

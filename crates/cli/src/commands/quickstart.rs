@@ -12,7 +12,9 @@ use eval::text::{WindowOptions, windows};
 use kernels::Exec;
 use model::generate::{GenerateLimits, generate};
 use model::plan::PlanCriterion;
-use model::{HeadPlan, MixerSpec, Model, Sampler, SamplerOptions};
+use kernels::kv::KvType;
+use kernels::quant::Dtype;
+use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, Sampler, SamplerOptions};
 use setup::Settings;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -22,6 +24,11 @@ use surgery::{HeadBank, HeadsReport, bank::init_bank, criteria, select};
 use train::align::{AlignOptions, align};
 use train::data::{Document, SequenceStream};
 use train::heal::{HealOptions, heal};
+
+/// What models are compared in: close enough to f32 that the differences between models stand far above the rounding.
+const JUDGED: EngineOptions = EngineOptions { weights: Some(Dtype::BF16), kv_type: KvType::F32 };
+/// What models are timed and generate in: as users run them.
+const TIMED: EngineOptions = EngineOptions { weights: Some(Dtype::Q8_0), kv_type: KvType::F16 };
 
 /// Run the whole pipeline on a real model: fetch, analyze, align, plan, convert, heal, evaluate, generate.
 ///
@@ -268,12 +275,18 @@ impl Stage<'_> {
             max_tokens: Some(self.args.eval_tokens),
         };
         let texts = windows(&self.heldout, &options)?;
-        let refs: Vec<&Model> = std::iter::once(base).chain(models[1..].iter().map(|m| &m.2)).collect();
-        let qualities = evaluate(&self.exec, Some(base), &refs, &texts, ui)?;
+        let judged = models
+            .iter()
+            .map(|(.., model)| Engine::from_model(&self.exec, model, JUDGED))
+            .collect::<Result<Vec<_>, _>>()?;
+        let refs: Vec<&Engine> = judged.iter().collect();
+        let qualities = evaluate(&self.exec, Some(refs[0]), &refs, &texts, ui)?;
+        drop(judged);
         let mut report = Report::default();
         for ((name, description, model), quality) in models.into_iter().zip(qualities) {
             // Healing changes values, not structure: the unhealed twin would only be timed twice.
-            let speeds = if name == UNHEALED { Vec::new() } else { self.speed(&model, ui)? };
+            let mut engine = Engine::from_model(&self.exec, &model, TIMED)?;
+            let speeds = if name == UNHEALED { Vec::new() } else { self.speed(&mut engine, ui)? };
             report.variants.push(VariantRow {
                 name: name.into(),
                 description: description.into(),
@@ -282,7 +295,7 @@ impl Stage<'_> {
                 ppl: Some(quality.overall.ppl),
                 kl: quality.overall.kl,
                 top1_agreement: quality.overall.top1_agreement,
-                cache_bytes_8k: Some(model.cache_bytes(8192)),
+                cache_bytes_8k: Some(engine.cache_bytes(8192)),
                 decode_tok_s: speeds.iter().map(|s| (s.depth, s.decode_tok_s)).collect(),
                 files: quality.files,
             });
@@ -291,19 +304,20 @@ impl Stage<'_> {
     }
 
     /// Decode speed at 2k and 8k tokens, also beyond the trained length: only speed is asked for.
-    fn speed(&self, model: &Model, ui: &mut Ui) -> Result<Vec<BenchResult>> {
-        let mut timed = model.clone();
-        timed.context_limit = usize::MAX;
+    fn speed(&self, engine: &mut Engine, ui: &mut Ui) -> Result<Vec<BenchResult>> {
+        engine.context_limit = usize::MAX;
         let options = BenchOptions { depths: vec![2048, 8192], decode_steps: 8, ..BenchOptions::default() };
-        Ok(bench(&self.exec, &timed, &options, ui)?)
+        Ok(bench(&self.exec, engine, &options, ui)?)
     }
 
     fn generations(&self, healed: &Model, report: &mut Report, ui: &mut Ui) -> Result<()> {
         ui.say("[8/8] generate");
         let tokenizer = self.base.tokenizer()?;
+        let engine = |model| Engine::from_model(&self.exec, model, TIMED);
+        let (base, healed) = (engine(&self.base.model)?, engine(healed)?);
         for prompt in ["The ship left the harbour at dawn, and", "A cache is useful because"] {
             let mut texts = Vec::new();
-            for (name, model) in [("base", &self.base.model), ("ours, healed", healed)] {
+            for (name, model) in [("base", &base), ("ours, healed", &healed)] {
                 let ids = tokenizer.encode(prompt, true)?;
                 let mut produced = Vec::new();
                 let limits = GenerateLimits { max_new: 40, stop_ids: &model.config.eos_token_ids };

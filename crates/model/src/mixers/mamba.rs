@@ -69,8 +69,7 @@ pub(super) fn backward(
     mut dx: Option<MatMut<'_>>,
 ) {
     let (exec, layout) = (ctx.exec, &ctx.env.layout);
-    let (seq, d_inner, d_state, rank) =
-        (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
+    let (seq, d_inner, d_state, rank) = (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
     let width = rank + 2 * d_state;
     let (mut dy, mut dz) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
     elementwise::swiglu_backward(exec, &saved.z, &saved.y, dout, &mut dz, &mut dy);
@@ -171,8 +170,7 @@ fn activate(ctx: &Ctx<'_>, x: &mut [f32]) {
 
 fn select(ctx: &Ctx<'_>, w: &MambaTensors<&[f32]>, active: &[f32]) -> Selection {
     let layout = &ctx.env.layout;
-    let (seq, d_inner, d_state, rank) =
-        (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
+    let (seq, d_inner, d_state, rank) = (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
     let width = rank + 2 * d_state;
     let active = MatRef::dense(active, seq, d_inner);
     let projected = Linear::new(w.x_proj, None).forward(ctx, active, width);

@@ -46,8 +46,8 @@ pub use inputs::{HeadInputs, ProjectionInfo, ProjectionSource};
 pub use memory::HeadCache;
 
 use crate::plan::{MixerSpec, RecurrentKind};
-use kernels::{Exec, MatMut, MatRef};
 use inputs::RecurrentInputs;
+use kernels::{Exec, MatMut, MatRef};
 use layout::{MambaTensors, QkvTensors};
 use local::LocalSaved;
 use mamba::MambaSaved;

@@ -1,12 +1,10 @@
 //! Which parameter is what: names, shapes and ids of everything a model needs, resolved once.
 //! Knows configuration and plan; does no arithmetic.
 
-use crate::cache::CacheShape;
 use crate::error::{ModelError, Result};
 use crate::mixers::HeadLayout;
 use crate::params::{ParamId, ParamStore};
 use crate::plan::HeadPlan;
-use std::sync::Arc;
 use weights::ModelConfig;
 
 /// Full name of a converted group's tensor, e.g. `model.layers.3.self_attn.recurrent.0.d_skip`.
@@ -68,11 +66,10 @@ pub(super) struct Layout {
     pub inv_freq: Vec<f64>,
     /// Of converted groups, when there are any.
     pub head: Option<HeadLayout>,
-    pub cache: Arc<CacheShape>,
 }
 
 /// The layout of converted groups, when there are any.
-pub(super) fn head_layout(config: &ModelConfig, plan: &HeadPlan) -> Option<HeadLayout> {
+pub(crate) fn head_layout(config: &ModelConfig, plan: &HeadPlan) -> Option<HeadLayout> {
     let spec = plan.mixer?;
     (plan.converted() > 0).then(|| HeadLayout::new(spec, config))
 }
@@ -123,7 +120,6 @@ impl Layout {
         let id = |name: &str| params.id(name).expect("checked above");
         let head = head_layout(config, plan);
         let head_names: Vec<&str> = head.iter().flat_map(HeadLayout::tensors).map(|t| t.name).collect();
-        let mut cache = CacheShape { head_dim: config.head_dim, converted: Vec::new(), layout: head };
         let mut layers = Vec::with_capacity(config.layers);
         for l in 0..config.layers {
             let flags: Vec<bool> = (0..config.kv_heads).map(|g| plan.is_converted(l, g)).collect();
@@ -152,20 +148,11 @@ impl Layout {
                 runs,
                 converted: (0..flags.len()).filter(|&g| flags[g]).collect(),
             });
-            cache.converted.push(flags);
         }
         let embed = id("model.embed_tokens.weight");
         let output = if config.tie_embeddings { embed } else { id("lm_head.weight") };
         let norm = id("model.norm.weight");
-        Ok(Self {
-            embed,
-            layers,
-            norm,
-            output,
-            inv_freq: config.rope_inv_freq(),
-            head,
-            cache: Arc::new(cache),
-        })
+        Ok(Self { embed, layers, norm, output, inv_freq: config.rope_inv_freq(), head })
     }
 }
 

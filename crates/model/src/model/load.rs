@@ -6,7 +6,7 @@ use crate::params::ParamStore;
 use crate::plan::HeadPlan;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use weights::{Checkpoint, TensorSource};
+use weights::{Checkpoint, ModelConfig, TensorSource};
 
 /// Buffers that old checkpoints carry inside layers and that are computed here.
 const IGNORED_SUFFIXES: [&str; 3] =
@@ -19,15 +19,9 @@ impl Model {
     /// [`ModelError::Param`] for a missing tensor or a wrong shape, [`ModelError::Unexpected`] for a layer's tensor that the
     /// model would leave out, [`ModelError::Plan`] for a plan that does not fit, [`ModelError::Weights`] for unreadable files.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        let config = checkpoint.config.clone();
-        config.validate()?;
-        let plan = match &checkpoint.plan_json {
-            Some(json) => HeadPlan::from_json(&json.to_string(), &config)?,
-            None => HeadPlan::empty(&config),
-        };
+        let (config, plan) = check_checkpoint(checkpoint)?;
         let source = checkpoint.tensors.as_ref();
         let wanted = layout::tensor_shapes(&config, &plan);
-        check(source, &wanted, config.layers)?;
         let mut params = ParamStore::default();
         for ((name, shape), data) in wanted.iter().zip(read_all(source, &wanted)) {
             let data = data?;
@@ -39,6 +33,18 @@ impl Model {
         }
         Self::from_parts(config, plan, params)
     }
+}
+
+/// A checkpoint's configuration and plan, after checking that it holds every tensor of them with its shape and no other.
+pub(crate) fn check_checkpoint(checkpoint: &Checkpoint) -> Result<(ModelConfig, HeadPlan)> {
+    let config = checkpoint.config.clone();
+    config.validate()?;
+    let plan = match &checkpoint.plan_json {
+        Some(json) => HeadPlan::from_json(&json.to_string(), &config)?,
+        None => HeadPlan::empty(&config),
+    };
+    check(checkpoint.tensors.as_ref(), &layout::tensor_shapes(&config, &plan), config.layers)?;
+    Ok((config, plan))
 }
 
 /// Everything wanted is there with its shape, and no layer holds a tensor nobody wants.

@@ -3,16 +3,15 @@
 
 mod backward;
 mod batch;
-mod infer;
 mod layout;
 mod load;
 mod parts;
 
 pub use batch::{Tape, TokenBatch};
-pub use infer::LogitRows;
+pub(crate) use layout::head_layout;
 pub use layout::head_tensor_name;
+pub(crate) use load::check_checkpoint;
 
-use crate::cache::Cache;
 use crate::error::{ModelError, Result};
 use crate::mixers::{BaseGroup, HeadEnv, HeadLayout, HeadTensors, HeadView};
 use crate::params::{ParamId, ParamStore};
@@ -69,7 +68,7 @@ impl Model {
         for (_, param) in self.params.iter().filter(|(_, p)| !layout::is_head_tensor(&p.name)) {
             params.share(param);
         }
-        if let Some(head) = layout::head_layout(&self.config, &plan) {
+        if let Some(head) = head_layout(&self.config, &plan) {
             let infos = head.tensors();
             for layer in 0..self.config.layers {
                 for group in (0..self.config.kv_heads).filter(|&g| plan.is_converted(layer, g)) {
@@ -150,16 +149,6 @@ impl Model {
             base: self.base_group(layer, group),
             inv_freq: &self.layout.inv_freq,
         })
-    }
-
-    /// An empty cache for this model.
-    pub fn new_cache(&self) -> Cache {
-        Cache::new(self.layout.cache.clone())
-    }
-
-    /// Cache bytes after `context` tokens, without running anything.
-    pub fn cache_bytes(&self, context: usize) -> usize {
-        self.layout.cache.kv_bytes(context) + self.layout.cache.constant_bytes()
     }
 
     /// Ids within the vocabulary, and `end` positions within the limit.

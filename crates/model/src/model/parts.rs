@@ -1,9 +1,10 @@
-//! Pieces that the cached and the batched forward pass share. Activations are `[rows, features]`; "packed" columns are those of
+//! Pieces of the batched forward pass. Activations are `[rows, features]`; "packed" columns are those of
 //! a layer's kept groups only, in order.
 
 use super::Model;
 use super::layout::Run;
 use crate::params::ParamId;
+use kernels::attention::AttnShape;
 use kernels::elementwise::{add_bias, rms_norm, swiglu};
 use kernels::rope::{Rotation, rope};
 use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
@@ -174,6 +175,16 @@ impl Model {
         exec.parallel_chunks(x, seq_len * width, |s, sequence| {
             rope(exec, sequence, self.config.head_dim, &self.layout.inv_freq, seq_len, starts[s], rotation);
         });
+    }
+
+    /// The shape of an attention call over `kept` packed groups.
+    pub(super) fn attn_shape(&self, kept: usize) -> AttnShape {
+        AttnShape {
+            q_heads: kept * self.config.group_size(),
+            kv_heads: kept,
+            head_dim: self.config.head_dim,
+            scale: 1.0 / (self.config.head_dim as f32).sqrt(),
+        }
     }
 
     /// Embedding rows of `tokens`, `[tokens, d_model]`.

@@ -6,7 +6,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use recurformer_model::mixers;
 use recurformer_model::{
-    Family, GroupMixer, HeadPlan, MixerSpec, Model, ModelConfig, ParamStore, RecurrentKind,
+    Engine, EngineOptions, Family, GroupMixer, HeadPlan, MixerSpec, Model, ModelConfig, ParamStore,
+    RecurrentKind,
 };
 use weights::RopeScaling;
 
@@ -173,4 +174,9 @@ pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
         .map(|(f, e)| f64::from((f - e).abs()))
         .fold(0.0f64, |a, b| if b.is_finite() { a.max(b) } else { f64::INFINITY });
     largest / rms
+}
+
+/// The engine of a model's f32 parameters, with an f32 cache.
+pub fn engine_of(model: &Model) -> Engine {
+    Engine::from_model(&exec(), model, EngineOptions::EXACT).expect("a valid model")
 }

@@ -3,7 +3,7 @@
 use super::{Document, SelfOptions};
 use crate::error::{Result, TrainError};
 use kernels::Exec;
-use model::{Cache, Model, ModelError, Progress, Sampler, SamplerOptions};
+use model::{Cache, Engine, EngineOptions, Model, ModelError, Progress, Sampler, SamplerOptions};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -70,7 +70,8 @@ pub(super) fn self_sampled_in(
     if let Some(cached) = read_cached(&path, model.config.vocab, options) {
         return Ok(cached.into_iter().map(document).collect());
     }
-    let sampled = sample(exec, model, options, batch_size(model.cache_bytes(tokens)), progress)?;
+    let engine = Engine::from_model(exec, model, EngineOptions::EXACT)?;
+    let sampled = sample(exec, &engine, options, batch_size(engine.cache_bytes(tokens)), progress)?;
     let json = serde_json::to_string(&Cached { documents: sampled.clone() })
         .map_err(|e| TrainError::File { path: path.clone(), reason: e.to_string() })?;
     atomic_write(&path, json.as_bytes())?;
@@ -101,7 +102,7 @@ fn batch_size(cache_bytes: usize) -> usize {
 /// Documents by number, up to `batch` of them at a time: the next one takes the place of one that is full.
 pub(super) fn sample(
     exec: &Exec,
-    model: &Model,
+    model: &Engine,
     options: &SelfOptions,
     batch: usize,
     progress: &mut dyn Progress,
@@ -154,7 +155,7 @@ struct Growing {
 }
 
 impl Growing {
-    fn new(model: &Model, seed: u64, index: usize) -> Result<Self> {
+    fn new(model: &Engine, seed: u64, index: usize) -> Result<Self> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index as u64);
         let sampler =
@@ -164,7 +165,7 @@ impl Growing {
     }
 
     /// Takes the next token from `logits`; says whether the document became longer, which an end token does not make it.
-    fn grow(&mut self, model: &Model, logits: &[f32]) -> Result<bool> {
+    fn grow(&mut self, model: &Engine, logits: &[f32]) -> Result<bool> {
         let ends = &model.config.eos_token_ids;
         let token = if self.cache.len() == 1 {
             // A fresh start that ended at once would be no progress.
@@ -192,7 +193,7 @@ impl Growing {
 }
 
 /// What a document starts after.
-fn start_token(model: &Model, rng: &mut ChaCha8Rng) -> u32 {
+fn start_token(model: &Engine, rng: &mut ChaCha8Rng) -> u32 {
     model.config.bos_token_id.unwrap_or_else(|| rng.random_range(0..model.config.vocab as u32))
 }
 

@@ -114,9 +114,9 @@ impl Settings {
 
 fn read(names: &[String], base: &Loaded, exec: &Exec, ui: &mut Ui) -> Result<(Vec<Document>, Vec<Document>)> {
     let args = DataArgs { data: names.to_vec() };
-    let train = documents(&args, Split::Train, base, exec, ui)?;
+    let train = documents(&args, Split::Train, &base.checkpoint, exec, ui)?;
     if names == [BUILT_IN] {
-        return Ok((train, documents(&args, Split::Heldout, base, exec, ui)?));
+        return Ok((train, documents(&args, Split::Heldout, &base.checkpoint, exec, ui)?));
     }
     Ok(data::split_pair(train))
 }

@@ -26,6 +26,10 @@ fn configs() -> Vec<ModelConfig> {
         .collect()
 }
 
+fn engine(model: &Model) -> Engine {
+    Engine::from_model(&exec(), model, EngineOptions::EXACT).unwrap()
+}
+
 /// The document's definition, with no cache that could be stale.
 fn naive(model: &Model, tokens: usize, seed: u64, index: u64) -> Vec<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -35,9 +39,10 @@ fn naive(model: &Model, tokens: usize, seed: u64, index: u64) -> Vec<u32> {
     let mut start =
         || model.config.bos_token_id.unwrap_or_else(|| rng.random_range(0..model.config.vocab as u32));
     let mut prefix = vec![start()];
+    let engine = engine(model);
     let mut document = Vec::new();
     while document.len() < tokens {
-        let mut logits = model.forward(&exec(), &prefix, &mut model.new_cache(), LogitRows::Last).unwrap();
+        let mut logits = engine.forward(&exec(), &prefix, &mut engine.new_cache(), LogitRows::Last).unwrap();
         let ends = &model.config.eos_token_ids;
         if prefix.len() == 1 {
             for (id, logit) in logits.iter_mut().enumerate() {
@@ -62,7 +67,7 @@ fn documents_are_those_of_the_naive_twin_whatever_the_batch() {
         let expected: Vec<Vec<u32>> = (0..11).map(|i| naive(&model, 9, 5, i)).collect();
         assert!(expected.iter().flatten().all(|t| !config.eos_token_ids.contains(t)));
         for (documents, batch) in [(11, 1), (11, 2), (11, 3), (11, 10), (11, 64), (4, 2)] {
-            let found = sample(&exec(), &model, &options(documents, 9, 5), batch, &mut Silent).unwrap();
+            let found = sample(&exec(), &engine(&model), &options(documents, 9, 5), batch, &mut Silent).unwrap();
             assert_eq!(found, expected[..documents], "{:?}, batch {batch}", config.eos_token_ids);
         }
     }
@@ -78,7 +83,7 @@ fn hybrids_are_sampled_as_well() {
         plan.layers[0].groups[1].mixer = model::GroupMixer::Recurrent;
         plan.beta = 0.25;
         let model = base.with_plan(plan, &mut |layer, group| Ok(bank.groups[layer][group].clone())).unwrap();
-        let found = sample(&exec(), &model, &options(5, 9, 5), 3, &mut Silent).unwrap();
+        let found = sample(&exec(), &engine(&model), &options(5, 9, 5), 3, &mut Silent).unwrap();
         assert_eq!(found, (0..5).map(|i| naive(&model, 9, 5, i)).collect::<Vec<_>>(), "{spec:?}");
     }
 }
@@ -87,9 +92,9 @@ fn hybrids_are_sampled_as_well() {
 fn only_ends_left_or_none() {
     let all_but = |id: u32| (0..61).filter(|&t| t != id).collect();
     let model = tiny_model(&ModelConfig { eos_token_ids: all_but(7), ..tiny_config() }, 3);
-    assert_eq!(sample(&exec(), &model, &options(3, 5, 1), 2, &mut Silent).unwrap(), vec![vec![7; 5]; 3]);
+    assert_eq!(sample(&exec(), &engine(&model), &options(3, 5, 1), 2, &mut Silent).unwrap(), vec![vec![7; 5]; 3]);
     let model = tiny_model(&ModelConfig { eos_token_ids: all_but(61), ..tiny_config() }, 3);
-    let error = sample(&exec(), &model, &options(3, 5, 1), 2, &mut Silent).unwrap_err();
+    let error = sample(&exec(), &engine(&model), &options(3, 5, 1), 2, &mut Silent).unwrap_err();
     assert!(matches!(error, TrainError::Model(ModelError::Sampler(_))), "{error}");
 }
 
@@ -118,7 +123,7 @@ impl Progress for Count {
 fn progress_counts_tokens_of_documents() {
     for config in configs() {
         let mut count = Count::default();
-        sample(&exec(), &tiny_model(&config, 3), &options(5, 8, 1), 3, &mut count).unwrap();
+        sample(&exec(), &engine(&tiny_model(&config, 3)), &options(5, 8, 1), 3, &mut count).unwrap();
         assert_eq!((count.total, count.done, count.finished), (40, 40, true));
     }
 }
@@ -174,7 +179,7 @@ fn batches_fit_the_memory() {
 #[test]
 fn a_document_may_fill_the_context() {
     let model = tiny_model(&ModelConfig { max_context: 12, eos_token_ids: vec![], ..tiny_config() }, 3);
-    let found = sample(&exec(), &model, &options(2, 12, 0), 2, &mut Silent).unwrap();
+    let found = sample(&exec(), &engine(&model), &options(2, 12, 0), 2, &mut Silent).unwrap();
     assert!(found.iter().all(|d| d.len() == 12));
 }
 
@@ -202,7 +207,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let model = tiny_model(&tiny_config(), 3);
         let options = options(documents, tokens, seed);
-        let undisturbed = sample(&exec(), &model, &options, 4, &mut Silent).unwrap();
+        let undisturbed = sample(&exec(), &engine(&model), &options, 4, &mut Silent).unwrap();
         let undisturbed: Vec<Document> = undisturbed.into_iter().map(document).collect();
         let files = || fs::read_dir(dir.path()).unwrap().count();
         let mut stop = StopAfter::new(after);

@@ -1,0 +1,244 @@
+//! One layer of the engine: packed weights and its pass over the rows of one or several sequences.
+
+use super::workspace::Workspace;
+use crate::cache::LayerCache;
+use crate::mixers::{self, BaseGroup, HeadEnv, HeadInputs, HeadLayout, HeadView};
+use kernels::kv::AttendJob;
+use kernels::packed::{Packed, Product, matmul, matmul_swiglu};
+use kernels::{Exec, MatMut, MatRef, Store, elementwise};
+use smallvec::SmallVec;
+use weights::ModelConfig;
+
+/// Projections of the layer input that are stored in one type: one product.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub weight: Packed,
+    /// One value per row, zero where the part has no bias.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// Columns of a segment's output.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block {
+    pub segment: usize,
+    pub column: usize,
+    pub width: usize,
+}
+
+/// Attention of the kept groups, one after another in each block.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub q: Block,
+    pub k: Block,
+    pub v: Block,
+    /// First column of each kept group in the layer's head outputs.
+    pub out_columns: Vec<usize>,
+}
+
+/// A converted group.
+#[derive(Debug)]
+pub(super) struct ConvertedGroup {
+    pub group: usize,
+    /// In the order of [`HeadLayout::projections`].
+    pub blocks: Vec<Block>,
+    /// In the order of [`HeadLayout::tensors`]; projections of the layer input are empty.
+    pub tensors: Vec<Vec<f32>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub input_norm: Vec<f32>,
+    pub segments: Vec<Segment>,
+    pub kept: Option<Kept>,
+    pub converted: Vec<ConvertedGroup>,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub o: Packed,
+    pub post_norm: Vec<f32>,
+    pub gate: Packed,
+    pub up: Packed,
+    pub down: Packed,
+}
+
+/// What every layer reads besides its weights.
+pub(super) struct Pass<'a> {
+    pub exec: &'a Exec,
+    pub config: &'a ModelConfig,
+    pub head: Option<HeadLayout>,
+    pub inv_freq: &'a [f64],
+    /// Rows of each sequence.
+    pub seq: usize,
+}
+
+impl Layer {
+    /// Packed bytes.
+    pub fn bytes(&self) -> usize {
+        let segments: usize = self.segments.iter().map(|s| s.weight.bytes()).sum();
+        segments + [&self.o, &self.gate, &self.up, &self.down].map(Packed::bytes).iter().sum::<usize>()
+    }
+
+    /// Advances the residual stream `ws.h` and every sequence's memory.
+    pub fn forward(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
+        let Pass { exec, config, .. } = *pass;
+        let (d_model, width) = (config.d_model, config.heads * config.head_dim);
+        let rows = ws.h.len() / d_model;
+        let eps = config.rms_eps;
+
+        let weights: SmallVec<[&Packed; 4]> = self.segments.iter().map(|s| &s.weight).collect();
+        ws.input.set_rms_norm(exec, MatRef::dense(&ws.h, rows, d_model), &self.input_norm, eps, &weights);
+        ws.projected.resize_with(self.segments.len().max(ws.projected.len()), Vec::new);
+        let mut products: SmallVec<[Product<'_>; 4]> = SmallVec::new();
+        for (segment, out) in self.segments.iter().zip(&mut ws.projected) {
+            let n = segment.weight.rows();
+            out.resize(rows * n, 0.0);
+            products.push(Product {
+                weight: &segment.weight,
+                bias: segment.bias.as_deref(),
+                out: MatMut::dense(out, rows, n),
+                store: Store::Overwrite,
+            });
+        }
+        matmul(exec, &ws.input, &mut products);
+        drop(products);
+
+        ws.heads.resize(rows * width, 0.0);
+        self.attend(pass, ws, memories);
+        self.recur(pass, ws, memories);
+
+        ws.input.set(exec, MatRef::dense(&ws.heads, rows, width), &[&self.o]);
+        accumulate(exec, &ws.input, &self.o, &mut ws.h, rows);
+        let post = MatRef::dense(&ws.h, rows, d_model);
+        ws.input.set_rms_norm(exec, post, &self.post_norm, eps, &[&self.gate, &self.up]);
+        let d_ff = self.gate.rows();
+        ws.active.resize(rows * d_ff, 0.0);
+        matmul_swiglu(exec, &ws.input, &self.gate, &self.up, MatMut::dense(&mut ws.active, rows, d_ff));
+        ws.input.set(exec, MatRef::dense(&ws.active, rows, d_ff), &[&self.down]);
+        accumulate(exec, &ws.input, &self.down, &mut ws.h, rows);
+    }
+
+    /// Attention of the kept groups into their columns of `ws.heads`.
+    fn attend(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
+        let Some(kept) = &self.kept else { return };
+        let Pass { exec, config, seq, .. } = *pass;
+        let head_dim = config.head_dim;
+        let rows = memories.len() * seq;
+        let width = config.heads * head_dim;
+        for (block, norm) in [(kept.q, &self.q_norm), (kept.k, &self.k_norm)] {
+            let stride = self.segments[block.segment].weight.rows();
+            let values = &mut ws.projected[block.segment][block.column..];
+            if let Some(norm) = norm {
+                norm_heads(exec, values, (rows, block.width, stride), norm, config.rms_eps, &mut ws.normed);
+            }
+            ws.rope.rotate(exec, MatMut::new(values, rows, block.width, stride), head_dim);
+        }
+        let view = |block: Block, s: usize| {
+            let stride = self.segments[block.segment].weight.rows();
+            MatRef::new(
+                &ws.projected[block.segment][s * seq * stride + block.column..],
+                seq,
+                block.width,
+                stride,
+            )
+        };
+        for (s, memory) in memories.iter_mut().enumerate() {
+            let kv = memory.kv.as_mut().expect("a layer with kept groups has keys and values");
+            kv.append(exec, view(kept.k, s), view(kept.v, s));
+        }
+        let mut jobs: SmallVec<[AttendJob<'_>; 4]> = SmallVec::new();
+        for ((s, memory), out) in memories.iter().enumerate().zip(ws.heads.chunks_mut(seq * width)) {
+            jobs.push(AttendJob {
+                store: memory.kv.as_ref().expect("appended to above"),
+                q: view(kept.q, s),
+                out: MatMut::dense(out, seq, width),
+                out_columns: &kept.out_columns,
+            });
+        }
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        kernels::kv::attend(exec, config.group_size(), scale, &mut jobs, &mut ws.attend);
+    }
+
+    /// The converted groups into their columns of `ws.heads`.
+    fn recur(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
+        let Some(layout) = pass.head.filter(|_| !self.converted.is_empty()) else { return };
+        let Pass { exec, config, seq, .. } = *pass;
+        let (width, per_group) = (config.heads * config.head_dim, layout.d_inner());
+        let mut jobs = Vec::with_capacity(self.converted.len() * memories.len());
+        for (s, memory) in memories.iter_mut().enumerate() {
+            let caches = memory.heads.iter_mut().flatten();
+            jobs.extend(self.converted.iter().zip(caches).map(|(group, cache)| (group, s, cache)));
+        }
+        let inner = if jobs.len() == 1 { exec.clone() } else { exec.single() };
+        let outputs = exec.parallel_map_items(jobs, |_, (group, s, cache)| {
+            let inputs = HeadInputs::from_projections(&layout, |i| self.columns(group.blocks[i], s, seq, ws));
+            let env = HeadEnv {
+                layout,
+                weights: HeadView { values: group.tensors.iter().map(Vec::as_slice).collect() },
+                base: self.base_group(config),
+                inv_freq: pass.inv_freq,
+            };
+            let mut y = vec![0.0; seq * per_group];
+            let target = MatMut::dense(&mut y, seq, per_group);
+            mixers::forward_projected(&inner, &env, inputs, cache, target);
+            (group.group, s, y)
+        });
+        for (group, s, y) in outputs {
+            let rows = ws.heads[s * seq * width..(s + 1) * seq * width].chunks_exact_mut(width);
+            for (out, y) in rows.zip(y.chunks_exact(per_group)) {
+                out[group * per_group..][..per_group].copy_from_slice(y);
+            }
+        }
+    }
+
+    /// A block of sequence `s`, dense `[seq, width]`.
+    fn columns(&self, block: Block, s: usize, seq: usize, ws: &Workspace) -> Vec<f32> {
+        let stride = self.segments[block.segment].weight.rows();
+        let rows = ws.projected[block.segment][s * seq * stride..(s + 1) * seq * stride].chunks_exact(stride);
+        let mut values = Vec::with_capacity(seq * block.width);
+        for row in rows {
+            values.extend_from_slice(&row[block.column..block.column + block.width]);
+        }
+        values
+    }
+
+    /// What a head reads of the base besides projections: the norms.
+    fn base_group(&self, config: &ModelConfig) -> BaseGroup<'_> {
+        BaseGroup {
+            q_proj: &[],
+            k_proj: &[],
+            v_proj: &[],
+            q_bias: None,
+            k_bias: None,
+            v_bias: None,
+            q_norm: self.q_norm.as_deref(),
+            k_norm: self.k_norm.as_deref(),
+            norm_eps: config.rms_eps,
+        }
+    }
+}
+
+/// Adds `input · weightᵀ` to the residual stream.
+fn accumulate(exec: &Exec, input: &kernels::packed::Input, weight: &Packed, h: &mut [f32], rows: usize) {
+    let out = MatMut::dense(h, rows, weight.rows());
+    matmul(exec, input, &mut [Product { weight, bias: None, out, store: Store::Accumulate }]);
+}
+
+/// RMS norm of every head of strided rows, in place.
+fn norm_heads(
+    exec: &Exec,
+    values: &mut [f32],
+    (rows, width, stride): (usize, usize, usize),
+    weight: &[f32],
+    eps: f32,
+    scratch: &mut [Vec<f32>; 2],
+) {
+    let [dense, normed] = scratch;
+    dense.clear();
+    for t in 0..rows {
+        dense.extend_from_slice(&values[t * stride..t * stride + width]);
+    }
+    normed.resize(dense.len(), 0.0);
+    elementwise::rms_norm(exec, dense, weight, eps, normed);
+    for (t, row) in normed.chunks_exact(width).enumerate() {
+        values[t * stride..t * stride + width].copy_from_slice(row);
+    }
+}

@@ -1,0 +1,42 @@
+//! Buffers of a pass, allocated once and reused: nothing is allocated per token.
+
+use kernels::kv::AttendScratch;
+use kernels::packed::Input;
+use kernels::rope::RopeTable;
+
+/// Every activation that is alive within a pass.
+pub(super) struct Workspace {
+    /// Residual stream `[rows, d_model]`.
+    pub h: Vec<f32>,
+    /// Input of the product that comes next, in the forms its weights need.
+    pub input: Input,
+    /// Output of each segment of a layer, `[rows, segment rows]`.
+    pub projected: Vec<Vec<f32>>,
+    /// Head outputs in head order, `[rows, heads · head_dim]`.
+    pub heads: Vec<f32>,
+    /// `silu(gate) · up`, `[rows, d_ff]`.
+    pub active: Vec<f32>,
+    /// Of norms of queries and keys.
+    pub normed: [Vec<f32>; 2],
+    /// Position of every row.
+    pub positions: Vec<usize>,
+    pub rope: RopeTable,
+    pub attend: AttendScratch,
+}
+
+impl Workspace {
+    /// Empty buffers for a model of these RoPE frequencies.
+    pub fn new(inv_freq: &[f64]) -> Self {
+        Self {
+            h: Vec::new(),
+            input: Input::new(),
+            projected: Vec::new(),
+            heads: Vec::new(),
+            active: Vec::new(),
+            normed: Default::default(),
+            positions: Vec::new(),
+            rope: RopeTable::new(inv_freq),
+            attend: AttendScratch::default(),
+        }
+    }
+}
