@@ -7,6 +7,7 @@ pub mod gated_delta;
 pub mod gemm;
 pub mod loss;
 pub mod optim;
+pub mod packed;
 pub mod rope;
 pub mod scan;
 pub mod ssd;

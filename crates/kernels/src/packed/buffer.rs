@@ -56,3 +56,19 @@ impl Lines {
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.bytes() / size_of::<T>()) }
     }
 }
+
+/// Bytes of a [`Lines`] as values of `T`. Panics when they do not start on one.
+pub(crate) fn cast<T: Element>(bytes: &[u8]) -> &[T] {
+    let start = bytes.as_ptr().cast::<T>();
+    assert!(start.is_aligned(), "unaligned panel");
+    // SAFETY: initialised bytes, any pattern is a `T`, aligned by the assertion.
+    unsafe { std::slice::from_raw_parts(start, bytes.len() / size_of::<T>()) }
+}
+
+/// Bytes of a [`Lines`] as mutable values of `T`. Panics when they do not start on one.
+pub(crate) fn cast_mut<T: Element>(bytes: &mut [u8]) -> &mut [T] {
+    let start = bytes.as_mut_ptr().cast::<T>();
+    assert!(start.is_aligned(), "unaligned panel");
+    // SAFETY: as in `cast`, borrowed mutably.
+    unsafe { std::slice::from_raw_parts_mut(start, bytes.len() / size_of::<T>()) }
+}

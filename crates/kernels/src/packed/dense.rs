@@ -53,24 +53,3 @@ pub(super) fn store_row(dtype: Dtype, values: &[f32], stored: &mut [u8]) {
         }
     }
 }
-
-/// `tile[r] = x[r] · panelᵀ` in plain Rust; `x` `[rows][stride]`, `tile` `[rows][tile_stride]`.
-pub(super) fn multiply(
-    dtype: Dtype,
-    panel: &[u8],
-    x: &[f32],
-    stride: usize,
-    cols: usize,
-    rows: usize,
-    tile: &mut [f32],
-    tile_stride: usize,
-) {
-    let mut row_values = vec![0.0; cols];
-    for out in 0..PANEL {
-        row_f32(dtype, panel, out, &mut row_values);
-        for r in 0..rows {
-            let x = &x[r * stride..][..cols];
-            tile[r * tile_stride + out] = x.iter().zip(&row_values).map(|(x, w)| x * w).sum();
-        }
-    }
-}

@@ -1,10 +1,13 @@
 //! Which kernel multiplies a weight on an instruction set for a number of rows, behind one interface for the driver.
 //! Knows panels and tiles; knows nothing of threads and outputs.
 
+use super::buffer::{cast, cast_mut};
+#[cfg(target_arch = "x86_64")]
+use super::dense_bf16;
 use super::input::Input;
-use super::{MATVEC_ROWS, PANEL, Packed, dense, quant};
-use crate::Isa;
+use super::{MATVEC_ROWS, PANEL, Packed, dense_f32, padded, quant};
 use crate::quant::Dtype;
+use crate::{Isa, IsaLevel};
 
 /// Form of the activations that a kernel reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +23,13 @@ pub(super) const TILE_VALUES: usize = 32 * 4 * PANEL;
 /// The kernel for a weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Route {
-    /// Plain Rust.
-    Portable(Dtype),
+    /// Dense panels as packed times f32, few rows.
+    Vector(Dtype),
+    /// f32 tiles; F16 and BF16 panels are widened first.
+    Tile(Dtype),
+    /// `vdpbf16ps` tiles on BF16 panels as packed.
+    #[cfg(target_arch = "x86_64")]
+    Bf16,
     /// Quantised panels as packed, few rows.
     QuantVector(Dtype),
     /// Quantised panels, expanded.
@@ -43,39 +51,49 @@ pub(super) struct TileAt {
 
 impl Route {
     /// The kernel of this element type for `rows` rows of activations.
-    pub(super) fn of(_isa: Isa, dtype: Dtype, rows: usize) -> Self {
-        match dtype.is_plain() {
-            true => Self::Portable(dtype),
-            false if rows <= MATVEC_ROWS => Self::QuantVector(dtype),
-            false => Self::QuantTile(dtype),
+    pub(super) fn of(isa: Isa, dtype: Dtype, rows: usize) -> Self {
+        match dtype {
+            _ if dtype.is_plain() && rows <= MATVEC_ROWS => Self::Vector(dtype),
+            #[cfg(target_arch = "x86_64")]
+            Dtype::BF16 if isa.level() >= IsaLevel::Avx512Bf16 => Self::Bf16,
+            _ if dtype.is_plain() => Self::Tile(dtype),
+            _ if rows <= MATVEC_ROWS => Self::QuantVector(dtype),
+            _ => Self::QuantTile(dtype),
         }
     }
     /// The activations it reads.
     pub(super) fn form(self) -> Form {
         match self {
-            Self::Portable(_) => Form::F32,
+            Self::Vector(_) | Self::Tile(_) => Form::F32,
+            #[cfg(target_arch = "x86_64")]
+            Self::Bf16 => Form::Bf16,
             Self::QuantVector(_) | Self::QuantTile(_) => Form::Blocks,
         }
     }
     /// Most rows and panels per call.
     pub(super) fn shape(self, isa: Isa) -> (usize, usize) {
         match self {
-            Self::Portable(_) => (4, 1),
-            Self::QuantVector(_) => (MATVEC_ROWS, 1),
+            Self::Vector(_) | Self::QuantVector(_) => (MATVEC_ROWS, 1),
+            Self::Tile(_) => dense_f32::tile_shape(isa),
+            #[cfg(target_arch = "x86_64")]
+            Self::Bf16 => dense_bf16::SHAPE,
             Self::QuantTile(dtype) => quant::tile_shape(isa, dtype),
         }
     }
     /// Bytes of scratch per panel, 0 when it reads panels as packed.
     pub(super) fn expanded_bytes(self, isa: Isa, cols: usize) -> usize {
         match self {
+            Self::Tile(Dtype::F16 | Dtype::BF16) => padded(cols) * PANEL * size_of::<f32>(),
             Self::QuantTile(dtype) => quant::expanded_bytes(isa, dtype, cols),
             _ => 0,
         }
     }
     /// Unpacks one panel into its scratch.
     pub(super) fn expand(self, isa: Isa, weight: &Packed, panel: usize, scratch: &mut [u8]) {
+        let (cols, panel) = (weight.cols(), weight.panel(panel));
         match self {
-            Self::QuantTile(dtype) => quant::expand(isa, dtype, weight.cols(), weight.panel(panel), scratch),
+            Self::Tile(dtype) => dense_f32::widen(isa, dtype, cols, panel, cast_mut(scratch)),
+            Self::QuantTile(dtype) => quant::expand(isa, dtype, cols, panel, scratch),
             _ => unreachable!("{self:?} expands nothing"),
         }
     }
@@ -92,18 +110,29 @@ impl Route {
         let TileAt { row, rows, panel, panels } = at;
         let cols = weight.cols();
         match self {
-            Self::Portable(dtype) => {
+            Self::Vector(dtype) => {
                 let (x, stride) = x.f32_rows();
-                dense::multiply(
+                dense_f32::matvec(
+                    isa,
                     dtype,
+                    cols,
                     weight.panel(panel),
                     &x[row * stride..],
                     stride,
-                    cols,
                     rows,
                     tile,
-                    PANEL,
                 );
+            }
+            Self::Tile(dtype) => {
+                let packed = if dtype == Dtype::F32 { weight.panels_at(panel, panels) } else { expanded };
+                let (x, stride) = x.f32_rows();
+                dense_f32::tile(isa, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Bf16 => {
+                let packed = weight.panels_at(panel, panels);
+                let (x, stride) = x.bf16_rows();
+                dense_bf16::tile(isa, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
             }
             Self::QuantVector(dtype) => {
                 quant::matvec(isa, dtype, cols, weight.panel(panel), x.blocks(), row, rows, tile);

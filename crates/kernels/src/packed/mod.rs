@@ -3,10 +3,17 @@
 
 mod buffer;
 mod dense;
+#[cfg(target_arch = "x86_64")]
+mod dense_bf16;
+mod dense_f32;
+mod dense_lanes;
 mod driver;
 mod input;
 mod kernel;
 mod quant;
+
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
@@ -168,7 +175,11 @@ impl Packed {
     }
     /// The bytes of one panel.
     pub(crate) fn panel(&self, panel: usize) -> &[u8] {
-        &self.data.as_slice::<u8>()[panel * self.panel_bytes..][..self.panel_bytes]
+        self.panels_at(panel, 1)
+    }
+    /// The bytes of some panels.
+    pub(crate) fn panels_at(&self, first: usize, panels: usize) -> &[u8] {
+        &self.data.as_slice::<u8>()[first * self.panel_bytes..][..panels * self.panel_bytes]
     }
 }
 
