@@ -285,7 +285,7 @@ impl<'a> Source<'a> {
                 return Err(non_finite(col, dtype));
             }
         } else {
-            quant::quantize_row(dtype, values, converted);
+            crate::quant::quantize(dtype, values, converted);
         }
         Ok(converted)
     }

@@ -1,7 +1,5 @@
 //! Stored bytes → f32 for every element type, block formats as in llama.cpp's `ggml-quants.c`.
 
-use half::{bf16, f16};
-
 use super::Dtype;
 
 /// Converts `bytes` to f32 into `out`, bit for bit as llama.cpp's reference (no fused multiply-add), on the calling
@@ -11,20 +9,42 @@ use super::Dtype;
 /// When `bytes` is not exactly `out.len()` values of `dtype`.
 pub fn dequantize(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     let (block, block_bytes) = super::check(dtype, out.len(), bytes.len());
-    for (out, bytes) in out.chunks_exact_mut(block).zip(bytes.chunks_exact(block_bytes)) {
-        dequantize_block(dtype, bytes, out);
+    match dtype {
+        Dtype::F32 => each(bytes, out, f32::from_le_bytes),
+        Dtype::F16 => each(bytes, out, |b| half_to_f32(u16::from_le_bytes(b))),
+        Dtype::BF16 => each(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+        _ => {
+            for (out, bytes) in out.chunks_exact_mut(block).zip(bytes.chunks_exact(block_bytes)) {
+                dequantize_block(dtype, bytes, out);
+            }
+        }
     }
 }
 
+fn each<const N: usize>(bytes: &[u8], out: &mut [f32], load: impl Fn([u8; N]) -> f32) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        *out = load(*bytes);
+    }
+}
+
+/// Two bytes as f16, widened; exact for every bit pattern but the payload of NaN. No branch, so that loops vectorise.
+#[inline(always)]
+pub(crate) fn half_to_f32(half: u16) -> f32 {
+    /// 2^112, which moves f16's exponent range onto f32's; subnormals become normal on the way.
+    const REBIAS: f32 = f32::from_bits(0x7780_0000);
+    let magnitude = f32::from_bits(u32::from(half & 0x7fff) << 13) * REBIAS;
+    // Exponent 31 of f16 (infinity, NaN) came out as 2^16 and more.
+    let special = if magnitude >= 65_536.0 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(magnitude.to_bits() | special | u32::from(half & 0x8000) << 16)
+}
+
 fn half_at(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+    half_to_f32(u16::from_le_bytes([bytes[at], bytes[at + 1]]))
 }
 
 fn dequantize_block(dtype: Dtype, b: &[u8], out: &mut [f32]) {
     match dtype {
-        Dtype::F32 => out[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-        Dtype::F16 => out[0] = half_at(b, 0),
-        Dtype::BF16 => out[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 => unreachable!("plain types have no blocks"),
         Dtype::Q8_0 => {
             let d = half_at(b, 0);
             for (o, &q) in out.iter_mut().zip(&b[2..]) {
@@ -111,7 +131,7 @@ fn fifth_bit(nibble: u8, high: u32, index: usize) -> u8 {
 }
 
 /// The 6-bit scale and minimum of sub-block `j` (0 to 7), packed in 12 bytes (`get_scale_min_k4`).
-pub(super) fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
+pub(crate) fn scale_min(packed: &[u8], j: usize) -> (u8, u8) {
     if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {

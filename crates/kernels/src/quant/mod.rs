@@ -2,8 +2,14 @@
 //! Knows blocks of bytes; knows no file, no tensor and no matrix.
 
 mod dequant;
+mod quantize;
+mod quantize_k;
+#[cfg(test)]
+mod tests;
 
 pub use dequant::dequantize;
+pub(crate) use dequant::{half_to_f32, scale_min};
+pub use quantize::quantize;
 
 /// Element types as stored.
 #[allow(missing_docs)]
@@ -23,6 +29,21 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// Every type, plain ones first.
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
+
     /// Values per block (1 when not quantised) and bytes per block.
     pub fn block(self) -> (usize, usize) {
         match self {
@@ -59,6 +80,21 @@ impl Dtype {
     /// Whether values are stored one by one (F32, F16, BF16), as safetensors can hold them.
     pub fn is_plain(self) -> bool {
         self.block().0 == 1
+    }
+
+    /// This type, or where its blocks do not divide rows of `cols` values the nearest that can hold them: a K type becomes one of similar size
+    /// with blocks of 32, and what no blocks of 32 divide becomes F16.
+    pub fn for_row_length(self, cols: usize) -> Self {
+        let small = match self {
+            Self::Q4K => Self::Q5_0,
+            Self::Q5K => Self::Q5_1,
+            Self::Q6K => Self::Q8_0,
+            other => other,
+        };
+        match [self, small].into_iter().find(|dtype| cols.is_multiple_of(dtype.block().0)) {
+            Some(dtype) => dtype,
+            None => Self::F16,
+        }
     }
 }
 
