@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use kernels::Exec;
-use model::{GroupMixer, HeadPlan, MixerSpec, Model, RecurrentKind, Silent};
+use model::{Engine, EngineOptions, GroupMixer, HeadPlan, MixerSpec, Model, RecurrentKind, Silent};
 use recurformer_eval::bench::{BenchOptions, bench};
 use recurformer_eval::quality::evaluate;
 use recurformer_eval::text::{WindowOptions, windows};
@@ -32,6 +32,10 @@ fn golden() -> Golden {
     Golden { model, tokens, logits }
 }
 
+fn engine(model: &Model) -> Engine {
+    Engine::from_model(&Exec::new(1).unwrap(), model, EngineOptions::EXACT).unwrap()
+}
+
 fn documents(tokens: &[Vec<u32>]) -> Vec<Document> {
     tokens
         .iter()
@@ -56,7 +60,7 @@ fn perplexity_is_that_of_the_frozen_logits() {
     let Golden { model, tokens, logits } = golden();
     let exec = Exec::new(2).unwrap();
     let texts = windows(&documents(&tokens), &options(64)).unwrap();
-    let quality = evaluate(&exec, None, &[&model], &texts, &mut Silent).unwrap().remove(0);
+    let quality = evaluate(&exec, None, &[&engine(&model)], &texts, &mut Silent).unwrap().remove(0);
     let vocab = model.config.vocab;
     let mut log_ppl = 0.0;
     for (s, (sequence, file)) in tokens.iter().zip(&quality.files).enumerate() {
@@ -83,8 +87,8 @@ fn a_model_does_not_diverge_from_itself_and_a_windowed_one_does() {
     plan.layers.iter_mut().flat_map(|l| &mut l.groups).for_each(|g| g.mixer = GroupMixer::Recurrent);
     let windowed = model.with_plan(plan, &mut |_, _| Ok(Default::default())).unwrap();
     let texts = windows(&documents(&tokens), &options(33)).unwrap();
-    let copy = model.clone();
-    let results = evaluate(&exec, Some(&model), &[&model, &copy, &windowed], &texts, &mut Silent).unwrap();
+    let [base, copy, windowed] = [&model, &model, &windowed].map(engine);
+    let results = evaluate(&exec, Some(&base), &[&base, &copy, &windowed], &texts, &mut Silent).unwrap();
     for same in &results[..2] {
         assert_eq!((same.overall.kl, same.overall.top1_agreement), (Some(0.0), Some(1.0)));
     }
@@ -96,7 +100,7 @@ fn a_model_does_not_diverge_from_itself_and_a_windowed_one_does() {
 
 #[test]
 fn bench_reports_the_cache_that_the_model_predicts() {
-    let model = golden().model;
+    let model = engine(&golden().model);
     let exec = Exec::new(1).unwrap();
     let options = BenchOptions { depths: vec![20, 5, 20], decode_steps: 3, chunk: 8, seed: 0 };
     let results = bench(&exec, &model, &options, &mut Silent).unwrap();
@@ -112,7 +116,7 @@ fn bench_reports_the_cache_that_the_model_predicts() {
 fn models_of_other_vocabularies_are_not_compared() {
     let Golden { model, tokens, .. } = golden();
     let texts = windows(&documents(&tokens), &options(64)).unwrap();
-    let mut other = model.clone();
+    let (model, mut other) = (engine(&model), engine(&model));
     other.config.vocab += 1;
     let exec = Exec::new(1).unwrap();
     let error = evaluate(&exec, Some(&other), &[&model], &texts, &mut Silent).unwrap_err().to_string();
