@@ -266,6 +266,12 @@ impl KvStore {
         }
     }
 
+    /// Pages that both hold.
+    #[cfg(test)]
+    pub(super) fn shared_pages(&self, other: &Self) -> usize {
+        self.pages.iter().zip(&other.pages).filter(|(a, b)| Arc::ptr_eq(a, b)).count()
+    }
+
     /// Overwrites every slot that holds no position with NaN (Q8: NaN scales); copies a shared last page.
     #[cfg(test)]
     pub(super) fn poison(&mut self) {

@@ -5,6 +5,7 @@ pub mod conv;
 pub mod elementwise;
 pub mod gated_delta;
 pub mod gemm;
+pub mod kv;
 pub mod loss;
 pub mod optim;
 pub mod packed;

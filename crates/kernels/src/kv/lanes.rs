@@ -1,0 +1,532 @@
+//! Sixteen `f32` lanes on every instruction set: the vocabulary of the attention loops.
+
+use crate::simd::{Portable, Simd};
+
+/// 2^r on |r| ≤ 1/2, constant first, exact at 0; relative minimax error 9.2e-8.
+const EXP2: [f32; 6] = [1.0, 0.693_147, 0.240_222_43, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
+/// Exponents from here on give a normal power of two.
+const LOWEST: f32 = -126.0;
+
+/// Sixteen lanes of an instruction set; the pointers follow the contracts of plain reads and writes, unaligned.
+pub(super) trait Lanes: Simd {
+    /// Sixteen `f32`.
+    type W: Copy;
+    /// Enough registers for tiles of 6 × 4 vectors, else of 6 × 1.
+    const MANY_REGISTERS: bool;
+
+    fn splat16(self, x: f32) -> Self::W;
+    /// # Safety
+    /// 16 values are readable at `x`.
+    unsafe fn load16(self, x: *const f32) -> Self::W;
+    /// # Safety
+    /// 16 values are writable at `out`.
+    unsafe fn store16(self, v: Self::W, out: *mut f32);
+    /// `x0 x1 x0 x1 …`
+    /// # Safety
+    /// 2 values are readable at `x`.
+    unsafe fn pair16(self, x: *const f32) -> Self::W;
+    /// Sixteen half-precision values.
+    /// # Safety
+    /// 16 values are readable at `x`.
+    unsafe fn f16(self, x: *const u16) -> Self::W;
+    /// Sixteen 8-bit integers.
+    /// # Safety
+    /// 16 values are readable at `x`.
+    unsafe fn i8(self, x: *const i8) -> Self::W;
+    /// The even and the odd ones of 32 bfloat16 values.
+    /// # Safety
+    /// 32 values are readable at `x`.
+    unsafe fn bf16(self, x: *const u16) -> [Self::W; 2];
+    fn fma16(self, a: Self::W, b: Self::W, c: Self::W) -> Self::W;
+    fn add16(self, a: Self::W, b: Self::W) -> Self::W;
+    fn sub16(self, a: Self::W, b: Self::W) -> Self::W;
+    fn mul16(self, a: Self::W, b: Self::W) -> Self::W;
+    /// Lane-wise maximum; what it gives for NaN is open.
+    fn max16(self, a: Self::W, b: Self::W) -> Self::W;
+    /// The even and the odd ones of the 32 values `a b`.
+    fn unzip(self, ab: [Self::W; 2]) -> [Self::W; 2];
+    /// Lanes from `n` on become `fill`.
+    fn keep_first(self, v: Self::W, n: usize, fill: f32) -> Self::W;
+    /// 2^x with the polynomial `c`: results below the normal range may be 0, `-inf` gives 0, NaN stays NaN.
+    fn exp2_with<const N: usize>(self, x: Self::W, c: &[f32; N]) -> Self::W;
+    fn max_of(self, v: Self::W) -> f32;
+    fn sum_of(self, v: Self::W) -> f32;
+    /// Asks for the cache line at `p`, which need not be readable.
+    fn prefetch(self, p: *const u8);
+
+    /// 2^x to about 2 ulp.
+    #[inline(always)]
+    fn exp2(self, x: Self::W) -> Self::W {
+        self.exp2_with(x, &EXP2)
+    }
+}
+
+impl<const FUSED: bool> Lanes for Portable<FUSED> {
+    type W = [f32; 16];
+    const MANY_REGISTERS: bool = false;
+
+    #[inline(always)]
+    fn splat16(self, x: f32) -> [f32; 16] {
+        [x; 16]
+    }
+    #[inline(always)]
+    unsafe fn load16(self, x: *const f32) -> [f32; 16] {
+        // SAFETY: the caller's contract.
+        unsafe { x.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store16(self, v: [f32; 16], out: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe { out.cast::<[f32; 16]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn pair16(self, x: *const f32) -> [f32; 16] {
+        // SAFETY: the caller's contract.
+        let [a, b] = unsafe { x.cast::<[f32; 2]>().read_unaligned() };
+        [a, b, a, b, a, b, a, b, a, b, a, b, a, b, a, b]
+    }
+    #[inline(always)]
+    unsafe fn f16(self, x: *const u16) -> [f32; 16] {
+        // SAFETY: the caller's contract.
+        let x = unsafe { x.cast::<[u16; 16]>().read_unaligned() };
+        let mut v = [0.0; 16];
+        for (v, x) in v.iter_mut().zip(x) {
+            *v = widen_f16(x);
+        }
+        v
+    }
+    #[inline(always)]
+    unsafe fn i8(self, x: *const i8) -> [f32; 16] {
+        // SAFETY: the caller's contract.
+        let x = unsafe { x.cast::<[i8; 16]>().read_unaligned() };
+        let mut v = [0.0; 16];
+        for (v, x) in v.iter_mut().zip(x) {
+            *v = f32::from(x);
+        }
+        v
+    }
+    #[inline(always)]
+    unsafe fn bf16(self, x: *const u16) -> [[f32; 16]; 2] {
+        // SAFETY: the caller's contract.
+        let x = unsafe { x.cast::<[[u16; 2]; 16]>().read_unaligned() };
+        let mut v = [[0.0; 16]; 2];
+        for (i, x) in x.iter().enumerate() {
+            v[0][i] = f32::from_bits(u32::from(x[0]) << 16);
+            v[1][i] = f32::from_bits(u32::from(x[1]) << 16);
+        }
+        v
+    }
+    #[inline(always)]
+    fn fma16(self, a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        let mut v = c;
+        for i in 0..16 {
+            v[i] = self.fma(a[i], b[i], c[i]);
+        }
+        v
+    }
+    #[inline(always)]
+    fn add16(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        let mut v = a;
+        for i in 0..16 {
+            v[i] += b[i];
+        }
+        v
+    }
+    #[inline(always)]
+    fn sub16(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        let mut v = a;
+        for i in 0..16 {
+            v[i] -= b[i];
+        }
+        v
+    }
+    #[inline(always)]
+    fn mul16(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        let mut v = a;
+        for i in 0..16 {
+            v[i] *= b[i];
+        }
+        v
+    }
+    #[inline(always)]
+    fn max16(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        let mut v = a;
+        for i in 0..16 {
+            v[i] = if b[i] > a[i] { b[i] } else { a[i] };
+        }
+        v
+    }
+    #[inline(always)]
+    fn unzip(self, [a, b]: [[f32; 16]; 2]) -> [[f32; 16]; 2] {
+        let mut v = [[0.0; 16]; 2];
+        for i in 0..8 {
+            v[0][i] = a[2 * i];
+            v[1][i] = a[2 * i + 1];
+            v[0][i + 8] = b[2 * i];
+            v[1][i + 8] = b[2 * i + 1];
+        }
+        v
+    }
+    #[inline(always)]
+    fn keep_first(self, v: [f32; 16], n: usize, fill: f32) -> [f32; 16] {
+        let mut v = v;
+        for (i, v) in v.iter_mut().enumerate() {
+            *v = if i < n { *v } else { fill };
+        }
+        v
+    }
+    #[inline(always)]
+    fn exp2_with<const N: usize>(self, x: [f32; 16], c: &[f32; N]) -> [f32; 16] {
+        /// 1.5 · 2²³: adding it rounds to the nearest integer and leaves that integer in the low mantissa bits.
+        const ROUND: f32 = 12_582_912.0;
+        let mut v = x;
+        for v in &mut v {
+            // NaN fails the comparison and passes through.
+            let x = if *v < LOWEST { LOWEST } else { *v };
+            let shifted = x + ROUND;
+            let r = x - (shifted - ROUND);
+            let mut p = c[N - 1];
+            let mut i = N - 1;
+            while i > 0 {
+                i -= 1;
+                p = self.fma(p, r, c[i]);
+            }
+            let n = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+            let power = f32::from_bits(n.wrapping_add(127) << 23);
+            *v = if *v < LOWEST { 0.0 } else { p * power };
+        }
+        v
+    }
+    #[inline(always)]
+    fn max_of(self, v: [f32; 16]) -> f32 {
+        let mut best = v[0];
+        for x in v {
+            best = if x > best { x } else { best };
+        }
+        best
+    }
+    #[inline(always)]
+    fn sum_of(self, v: [f32; 16]) -> f32 {
+        let mut half = [0.0; 8];
+        for i in 0..8 {
+            half[i] = v[i] + v[i + 8];
+        }
+        self.sum(half)
+    }
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+}
+
+/// f16 to f32 in straight-line integer code that vectorises.
+#[inline(always)]
+fn widen_f16(x: u16) -> f32 {
+    /// 2^112: moves the exponent bias from 15 to 127, subnormals included.
+    const REBIAS: f32 = f32::from_bits((112 + 127) << 23);
+    let magnitude = u32::from(x & 0x7fff) << 13;
+    // Infinity and NaN keep an exponent of all ones.
+    let special = if magnitude >= 0x0f80_0000 { 0x7f80_0000 } else { 0 };
+    let value = (f32::from_bits(magnitude) * REBIAS).to_bits() | special;
+    f32::from_bits(value | u32::from(x & 0x8000) << 16)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{LOWEST, Lanes};
+    use crate::simd::{Avx2, Avx512, Simd};
+
+    // SAFETY of every block of this file: the token proves the instruction set (its constructor's contract); pointers
+    // follow the trait's contract, unaligned accesses are used throughout.
+
+    impl Lanes for Avx512 {
+        type W = __m512;
+        const MANY_REGISTERS: bool = true;
+
+        #[inline(always)]
+        fn splat16(self, x: f32) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load16(self, x: *const f32) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_loadu_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn store16(self, v: __m512, out: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm512_storeu_ps(out, v) }
+        }
+        #[inline(always)]
+        unsafe fn pair16(self, x: *const f32) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_castpd_ps(_mm512_set1_pd(x.cast::<f64>().read_unaligned())) }
+        }
+        #[inline(always)]
+        unsafe fn f16(self, x: *const u16) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn i8(self, x: *const i8) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn bf16(self, x: *const u16) -> [__m512; 2] {
+            // SAFETY: see above.
+            unsafe {
+                let x = _mm512_loadu_si512(x.cast());
+                let odd = _mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)), _mm512_castsi512_ps(odd)]
+            }
+        }
+        #[inline(always)]
+        fn fma16(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn add16(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn sub16(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        fn mul16(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        fn max16(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: see above.
+            unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        fn unzip(self, [a, b]: [__m512; 2]) -> [__m512; 2] {
+            // SAFETY: see above.
+            unsafe {
+                let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+                [_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b)]
+            }
+        }
+        #[inline(always)]
+        fn keep_first(self, v: __m512, n: usize, fill: f32) -> __m512 {
+            let mask = if n < 16 { (1u16 << n) - 1 } else { u16::MAX };
+            // SAFETY: see above.
+            unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, v) }
+        }
+        #[inline(always)]
+        fn exp2_with<const N: usize>(self, x: __m512, c: &[f32; N]) -> __m512 {
+            // SAFETY: see above.
+            unsafe {
+                // -inf - -inf would be NaN. The second operand is returned when either is NaN.
+                let x = _mm512_max_ps(_mm512_set1_ps(-1e30), x);
+                let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+                let r = _mm512_sub_ps(x, n);
+                let mut p = _mm512_set1_ps(c[N - 1]);
+                let mut i = N - 1;
+                while i > 0 {
+                    i -= 1;
+                    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[i]));
+                }
+                _mm512_scalef_ps(p, n)
+            }
+        }
+        #[inline(always)]
+        fn max_of(self, v: __m512) -> f32 {
+            // SAFETY: see above.
+            unsafe { _mm512_reduce_max_ps(v) }
+        }
+        #[inline(always)]
+        fn sum_of(self, v: __m512) -> f32 {
+            // SAFETY: see above.
+            unsafe { _mm512_reduce_add_ps(v) }
+        }
+        #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            // SAFETY: a prefetch may have any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+    }
+
+    impl Lanes for Avx2 {
+        type W = [__m256; 2];
+        const MANY_REGISTERS: bool = false;
+
+        #[inline(always)]
+        fn splat16(self, x: f32) -> [__m256; 2] {
+            [self.splat(x); 2]
+        }
+        #[inline(always)]
+        unsafe fn load16(self, x: *const f32) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn store16(self, v: [__m256; 2], out: *mut f32) {
+            // SAFETY: see above.
+            unsafe {
+                _mm256_storeu_ps(out, v[0]);
+                _mm256_storeu_ps(out.add(8), v[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn pair16(self, x: *const f32) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_castpd_ps(_mm256_set1_pd(x.cast::<f64>().read_unaligned())); 2] }
+        }
+        #[inline(always)]
+        unsafe fn f16(self, x: *const u16) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe {
+                [
+                    _mm256_cvtph_ps(_mm_loadu_si128(x.cast())),
+                    _mm256_cvtph_ps(_mm_loadu_si128(x.add(8).cast())),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn i8(self, x: *const i8) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe {
+                [
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(x.cast()))),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(x.add(8).cast()))),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn bf16(self, x: *const u16) -> [[__m256; 2]; 2] {
+            // SAFETY: see above.
+            unsafe {
+                let (a, b) = (_mm256_loadu_si256(x.cast()), _mm256_loadu_si256(x.add(16).cast()));
+                let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                let even = [_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b)];
+                let odd = [_mm256_and_si256(a, high), _mm256_and_si256(b, high)];
+                [
+                    [_mm256_castsi256_ps(even[0]), _mm256_castsi256_ps(even[1])],
+                    [_mm256_castsi256_ps(odd[0]), _mm256_castsi256_ps(odd[1])],
+                ]
+            }
+        }
+        #[inline(always)]
+        fn fma16(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        fn add16(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn sub16(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn mul16(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn max16(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn unzip(self, [a, b]: [[__m256; 2]; 2]) -> [[__m256; 2]; 2] {
+            // SAFETY: see above.
+            unsafe {
+                [
+                    [
+                        sorted(_mm256_shuffle_ps::<0b10_00_10_00>(a[0], a[1])),
+                        sorted(_mm256_shuffle_ps::<0b10_00_10_00>(b[0], b[1])),
+                    ],
+                    [
+                        sorted(_mm256_shuffle_ps::<0b11_01_11_01>(a[0], a[1])),
+                        sorted(_mm256_shuffle_ps::<0b11_01_11_01>(b[0], b[1])),
+                    ],
+                ]
+            }
+        }
+        #[inline(always)]
+        fn keep_first(self, v: [__m256; 2], n: usize, fill: f32) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe {
+                let n = _mm256_set1_epi32(n.min(16) as i32);
+                let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+                let low = _mm256_castsi256_ps(_mm256_cmpgt_epi32(n, lanes));
+                let lanes = _mm256_add_epi32(lanes, _mm256_set1_epi32(8));
+                let high = _mm256_castsi256_ps(_mm256_cmpgt_epi32(n, lanes));
+                let fill = _mm256_set1_ps(fill);
+                [_mm256_blendv_ps(fill, v[0], low), _mm256_blendv_ps(fill, v[1], high)]
+            }
+        }
+        #[inline(always)]
+        fn exp2_with<const N: usize>(self, x: [__m256; 2], c: &[f32; N]) -> [__m256; 2] {
+            // SAFETY: see above.
+            unsafe { [exp2_avx2(x[0], c), exp2_avx2(x[1], c)] }
+        }
+        #[inline(always)]
+        fn max_of(self, v: [__m256; 2]) -> f32 {
+            // SAFETY: see above.
+            unsafe {
+                let v = _mm256_max_ps(v[0], v[1]);
+                let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+                let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+                _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+            }
+        }
+        #[inline(always)]
+        fn sum_of(self, v: [__m256; 2]) -> f32 {
+            self.sum(self.add(v[0], v[1]))
+        }
+        #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            // SAFETY: a prefetch may have any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+    }
+
+    /// The 64-bit quarters 0 2 1 3: what a shuffle within 128-bit halves left out of order.
+    ///
+    /// # Safety
+    /// AVX2 is available.
+    #[inline(always)]
+    unsafe fn sorted(x: __m256) -> __m256 {
+        // SAFETY: the caller's contract.
+        unsafe { _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(x))) }
+    }
+
+    /// # Safety
+    /// AVX2 and FMA are available.
+    #[inline(always)]
+    unsafe fn exp2_avx2<const N: usize>(x: __m256, c: &[f32; N]) -> __m256 {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let lowest = _mm256_set1_ps(LOWEST);
+            let normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(x, lowest);
+            // The second operand is returned when either is NaN.
+            let x = _mm256_max_ps(lowest, x);
+            let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            let r = _mm256_sub_ps(x, n);
+            let mut p = _mm256_set1_ps(c[N - 1]);
+            let mut i = N - 1;
+            while i > 0 {
+                i -= 1;
+                p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c[i]));
+            }
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
+            _mm256_and_ps(normal, _mm256_mul_ps(p, power))
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Many query rows of one KV head: register tiles on the cache's panels, online softmax, causal.
+
+use super::buffers::Buffers;
+use super::dot::{Dot, ROWS, tiles};
+use super::format::{Format, MAX_STEP, even_half};
+use super::lanes::Lanes;
+use super::store::{KvStore, Layout, PAGE, WIDE};
+use crate::MatRef;
+
+/// Keys of a tile: their K and V in 16 bits stay in a 48 KiB first-level cache, beside 6 rows of scores. Tiles start at
+/// multiples of it, so that a row's result does not depend on the call's other rows.
+const TILE: usize = 128;
+
+/// One task: consecutive positions of one KV head.
+pub(super) struct Block<'a> {
+    pub(super) store: &'a KvStore,
+    pub(super) kv_head: usize,
+    pub(super) group: usize,
+    /// The job's queries.
+    pub(super) q: MatRef<'a>,
+    /// The task's rows of `q`.
+    pub(super) first: usize,
+    pub(super) count: usize,
+    /// `scale · log2 e`
+    pub(super) scale: f32,
+    /// Where the output of row `first` of `q`, head 0 of the group, begins, and the distance of two rows.
+    pub(super) out: *mut f32,
+    pub(super) out_stride: usize,
+}
+
+/// Panels in use: pointer and distance of two panels in words.
+type Panels = (*const u32, usize);
+
+/// # Safety
+/// The store's format is `F`; the task's part of the output is writable and nobody else's.
+#[inline(always)]
+pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &mut Buffers) {
+    let s = d.lanes();
+    let layout = task.store.layout();
+    let Layout { head_dim, .. } = layout;
+    let (panels, group, rows) = (layout.panels(), task.group, task.count * task.group);
+    let (width, padded) = (panels * WIDE, rows.next_multiple_of(ROWS));
+    // Position of the task's first row, and how many keys its last row sees.
+    let position = task.store.len() - task.q.rows() + task.first;
+    let end = position + task.count;
+    let direct = F::DIRECT == Some(D::PAIR);
+    let q_stride = width / D::PAIR;
+    let (p_stride, v_stride) = (TILE / D::PAIR, TILE / D::PAIR * WIDE);
+    let q = buffers.q.words::<u32>(padded * q_stride);
+    let scores = buffers.scores.words::<f32>((ROWS * TILE).max(width));
+    let p = buffers.p.words::<u32>(ROWS * p_stride);
+    let acc = buffers.acc.words::<f32>(padded * width);
+    let max = buffers.max.words::<f32>(padded + WIDE);
+    let sum = buffers.sum.words::<f32>(padded + WIDE);
+    let k_copy = buffers.k.words::<u32>(if direct { 0 } else { TILE * head_dim / D::PAIR });
+    let v_copy = buffers.v.words::<u32>(if direct { panels * WIDE } else { panels * v_stride });
+    // SAFETY: the buffers have the sizes just asked for; the slabs' sizes follow the layout; see each step.
+    unsafe {
+        load_queries(d, task, (q, q_stride), scores, padded);
+        for i in 0..padded * width {
+            *acc.add(i) = 0.0;
+        }
+        for row in 0..padded + WIDE {
+            *max.add(row) = f32::NEG_INFINITY;
+            *sum.add(row) = 0.0;
+        }
+        for k0 in (0..end).step_by(TILE) {
+            let keys = (end - k0).min(TILE);
+            let slab = task.store.slab(k0 / PAGE, task.kv_head);
+            let at = k0 % PAGE;
+            let (k, v) = (
+                slab.k[at / WIDE * (head_dim / 2) * F::BYTES..].as_ptr(),
+                slab.v[at / 2 * F::BYTES..].as_ptr(),
+            );
+            // The last of an odd number of keys, without the slot beside it.
+            let mut tail: Option<Panels> = None;
+            let (k, v): (Panels, Panels) = if direct {
+                if D::PAIR == 2 && keys % 2 == 1 {
+                    let mut step = Step([0; MAX_STEP]);
+                    for panel in 0..panels {
+                        even_half::<F>(v.add((panel * (PAGE / 2) + keys / 2) * F::BYTES), &mut step.0);
+                        v_copy.add(panel * WIDE).cast::<[u8; 64]>().write_unaligned(first_line(&step.0));
+                    }
+                    tail = Some((v_copy, WIDE));
+                }
+                ((k.cast(), WIDE * head_dim / D::PAIR), (v.cast(), PAGE / D::PAIR * WIDE))
+            } else {
+                copy_tile::<D, F>(d, layout, k, v, keys, k_copy, v_copy);
+                ((k_copy, WIDE * head_dim / D::PAIR), (v_copy, v_stride))
+            };
+            let scales = match slab.k_scales.is_empty() {
+                true => None,
+                false => Some((slab.k_scales[at..].as_ptr(), slab.v_scales[at..].as_ptr())),
+            };
+            for r0 in (0..padded).step_by(ROWS) {
+                let sees =
+                    |row: usize| (position + row.min(rows - 1) / group + 1).saturating_sub(k0).min(keys);
+                let most = sees(r0 + ROWS - 1);
+                if most == 0 {
+                    continue;
+                }
+                let blocks = most.div_ceil(WIDE);
+                tiles(
+                    d,
+                    head_dim / D::PAIR,
+                    blocks,
+                    (q.add(r0 * q_stride), q_stride),
+                    k,
+                    (scores, TILE),
+                    None,
+                );
+                let seen: [usize; ROWS] =
+                    [sees(r0), sees(r0 + 1), sees(r0 + 2), sees(r0 + 3), sees(r0 + 4), most];
+                let keep = weigh(d, scores, blocks, &seen, scales, (max.add(r0), sum.add(r0)), (p, p_stride));
+                let out = (acc.add(r0 * width), width);
+                let mut steps = most.div_ceil(D::PAIR);
+                if let Some(tail) = tail.filter(|_| steps > keys / 2) {
+                    steps -= 1;
+                    tiles(d, steps, panels, (p, p_stride), v, out, Some(&keep));
+                    tiles(d, 1, panels, (p.add(steps), p_stride), tail, out, Some(&[1.0; 16]));
+                } else {
+                    tiles(d, steps, panels, (p, p_stride), v, out, Some(&keep));
+                }
+            }
+        }
+        for row in 0..rows {
+            let sum = *sum.add(row);
+            let inverse = s.splat16(if sum == 0.0 { 0.0 } else { 1.0 / sum });
+            let (acc, out) =
+                (acc.add(row * width), task.out.add(row / group * task.out_stride + row % group * head_dim));
+            let whole = head_dim / WIDE * WIDE;
+            for at in (0..whole).step_by(WIDE) {
+                s.store16(s.mul16(s.load16(acc.add(at)), inverse), out.add(at));
+            }
+            for at in whole..head_dim {
+                *out.add(at) = *acc.add(at) * if sum == 0.0 { 0.0 } else { 1.0 / sum };
+            }
+        }
+    }
+}
+
+#[repr(C, align(64))]
+struct Step([u8; MAX_STEP]);
+
+#[inline(always)]
+fn first_line(step: &[u8; MAX_STEP]) -> [u8; 64] {
+    let mut line = [0; 64];
+    line.copy_from_slice(&step[..64]);
+    line
+}
+
+/// Scales the task's queries, positions stacked and heads within, and stores them as coefficients; rows beyond and
+/// columns beyond `head_dim` are 0. `row` is scratch of a whole row.
+///
+/// # Safety
+/// `q` has `padded` rows of the stride given, `row` a stride of values.
+#[inline(always)]
+unsafe fn load_queries<D: Dot>(
+    d: D,
+    task: &Block<'_>,
+    (q, stride): (*mut u32, usize),
+    row: *mut f32,
+    padded: usize,
+) {
+    let (s, head_dim, width) = (d.lanes(), task.store.head_dim(), stride * D::PAIR);
+    let scale = s.splat16(task.scale);
+    // SAFETY: the caller's contract.
+    unsafe {
+        for i in 0..padded {
+            for at in 0..width {
+                *row.add(at) = 0.0;
+            }
+            if i < task.count * task.group {
+                let from = (task.kv_head * task.group + i % task.group) * head_dim;
+                let from = &task.q.row(task.first + i / task.group)[from..][..head_dim];
+                std::ptr::copy_nonoverlapping(from.as_ptr(), row, head_dim);
+            }
+            for at in (0..width).step_by(WIDE) {
+                let x = s.mul16(s.load16(row.add(at)), scale);
+                d.store_coefficients(x, q.add(i * stride + at / D::PAIR));
+            }
+        }
+    }
+}
+
+/// Widens or narrows a tile of keys and values to lines; the slot beside the last of an odd number of keys becomes 0.
+///
+/// # Safety
+/// `k` and `v` point to the tile's first block and pair in slabs of format `F`; the copies hold a tile.
+#[inline(always)]
+unsafe fn copy_tile<D: Dot, F: Format>(
+    d: D,
+    layout: Layout,
+    k: *const u8,
+    v: *const u8,
+    keys: usize,
+    k_copy: *mut u32,
+    v_copy: *mut u32,
+) {
+    let (s, words) = (d.lanes(), 2 / D::PAIR * WIDE);
+    // SAFETY: the caller's contract.
+    unsafe {
+        for step in 0..keys.div_ceil(WIDE) * (layout.head_dim / 2) {
+            d.store_step::<F>(F::load(s, k.add(step * F::BYTES)), k_copy.add(step * words));
+        }
+        for panel in 0..layout.panels() {
+            let v = v.add(panel * (PAGE / 2) * F::BYTES);
+            let copy = v_copy.add(panel * (TILE / D::PAIR * WIDE));
+            for step in 0..keys / 2 {
+                d.store_step::<F>(F::load(s, v.add(step * F::BYTES)), copy.add(step * words));
+            }
+            if keys % 2 == 1 {
+                let mut tail = Step([0; MAX_STEP]);
+                even_half::<F>(v.add(keys / 2 * F::BYTES), &mut tail.0);
+                d.store_step::<F>(F::load(s, tail.0.as_ptr()), copy.add(keys / 2 * words));
+            }
+        }
+    }
+}
+
+/// Turns 6 rows of scores into weights `p` relative to their new maxima, of which row `r` sees the first `seen[r]`;
+/// returns what the earlier sums are to be multiplied by.
+///
+/// # Safety
+/// `scores` is `[6, 128]`, `p` has 6 rows of a tile's coefficients, `max` and `sum` have 16 values, the scales
+/// `16 · blocks`.
+#[inline(always)]
+unsafe fn weigh<D: Dot>(
+    d: D,
+    scores: *mut f32,
+    blocks: usize,
+    seen: &[usize; ROWS],
+    scales: Option<(*const f32, *const f32)>,
+    (max, sum): (*mut f32, *mut f32),
+    (p, p_stride): (*mut u32, usize),
+) -> [f32; 16] {
+    let s = d.lanes();
+    let (mut best, mut sums, mut keeps, mut shifts) =
+        ([f32::NEG_INFINITY; 16], [0.0f32; 16], [0.0f32; 16], [0.0f32; 16]);
+    // SAFETY: the caller's contract.
+    unsafe {
+        for r in 0..ROWS {
+            let scores = scores.add(r * TILE);
+            let mut most = s.splat16(f32::NEG_INFINITY);
+            if scales.is_none() && seen[r] == TILE {
+                let mut other = most;
+                for block in 0..TILE / WIDE / 2 {
+                    most = s.max16(most, s.load16(scores.add(2 * block * WIDE)));
+                    other = s.max16(other, s.load16(scores.add((2 * block + 1) * WIDE)));
+                }
+                most = s.max16(most, other);
+            } else {
+                for block in 0..blocks {
+                    let at = block * WIDE;
+                    let mut x = s.load16(scores.add(at));
+                    if let Some((k_scales, _)) = scales {
+                        x = s.mul16(x, s.load16(k_scales.add(at)));
+                    }
+                    if seen[r] < at + WIDE {
+                        x = s.keep_first(x, seen[r].saturating_sub(at), f32::NEG_INFINITY);
+                    }
+                    s.store16(x, scores.add(at));
+                    most = s.max16(most, x);
+                }
+            }
+            best[r] = s.max_of(most);
+        }
+        let old = s.load16(max);
+        let new = s.max16(old, s.load16(best.as_ptr()));
+        s.store16(new, max);
+        // A row of -inf scores has no weights; -inf - -inf would be NaN.
+        let shift = s.max16(s.splat16(f32::MIN), new);
+        s.store16(shift, shifts.as_mut_ptr());
+        let keep = s.exp2(s.sub16(old, shift));
+        s.store16(keep, keeps.as_mut_ptr());
+        for r in 0..ROWS {
+            let (scores, p) = (scores.add(r * TILE), p.add(r * p_stride));
+            let (shift, mut total) = (s.splat16(shifts[r]), s.splat16(0.0));
+            for block in 0..blocks {
+                let at = block * WIDE;
+                let mut x = d.exp2(s.sub16(s.load16(scores.add(at)), shift));
+                total = s.add16(total, x);
+                if let Some((_, v_scales)) = scales {
+                    x = s.mul16(x, s.load16(v_scales.add(at)));
+                    if seen[r] < at + WIDE {
+                        // 0 · NaN of an unused slot's scale.
+                        x = s.keep_first(x, seen[r].saturating_sub(at), 0.0);
+                    }
+                }
+                d.store_coefficients(x, p.add(at / D::PAIR));
+            }
+            sums[r] = s.sum_of(total);
+        }
+        s.store16(s.fma16(s.load16(sum), keep, s.load16(sums.as_ptr())), sum);
+    }
+    keeps
+}
