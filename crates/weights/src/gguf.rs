@@ -2,15 +2,21 @@
 //! Knows llama.cpp's conventions and undoes them; what leaves this module is in Hugging Face order.
 
 mod config;
+mod describe;
+mod export;
 mod names;
+pub(crate) mod own;
 mod reader;
 #[cfg(test)]
 mod tests;
+mod writer;
 
-pub use names::hf_name;
+pub use export::{Export, ExportFile, ExportTensor, parse_dtype};
+pub use names::{gguf_name, hf_name};
 pub use reader::{GgufHeader, GgufTensor, Metadata, Value, parse};
+pub use writer::{GgufOut, GgufWriter, MetadataBuilder};
 
-use crate::config::{Family, unsupported};
+use crate::config::{Family, ModelConfig, unsupported};
 use crate::error::{Result, WeightsError};
 use crate::mmap::MappedFile;
 use crate::stored::{RowOrder, StoredTensor};
@@ -19,7 +25,7 @@ use kernels::quant::dequantize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// llama.cpp's divisors of the RoPE frequencies; they go into the configuration.
+/// llama.cpp's divisors of the RoPE frequencies.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 
 /// A file's content.
@@ -47,6 +53,7 @@ pub struct GgufSource {
     file: Bytes,
     metadata: Metadata,
     config_json: serde_json::Value,
+    plan_json: Option<serde_json::Value>,
     tensors: Vec<GgufTensor>,
     infos: Vec<TensorInfo>,
     /// Per tensor: the order of its rows.
@@ -73,40 +80,49 @@ impl GgufSource {
     }
 
     fn new(file: Bytes, path: &Path) -> Result<Self> {
-        let GgufHeader { metadata, mut tensors } = parse(&file, path)?;
-        let family = config::family(&metadata, path)?;
-        let rope_factors = match tensors.iter().position(|t| t.name == ROPE_FREQS) {
-            None => None,
-            Some(at) => {
-                let tensor = tensors.remove(at);
-                let mut values = vec![0.0; tensor.shape.iter().product()];
-                dequantize(tensor.dtype, &file[tensor.range], &mut values);
-                Some(values)
+        let GgufHeader { metadata, mut tensors, .. } = parse(&file, path)?;
+        own::check_version(&metadata, path)?;
+        let own_config = own::json(&metadata, own::CONFIG_KEY, path)?;
+        let hybrid = own::is_hybrid(&metadata);
+        let (config_json, plan_json, interleaved_heads) = if hybrid {
+            let missing =
+                |key| WeightsError::malformed(path, "GGUF", format!("`{key}` of the hybrid is missing"));
+            let plan = own::json(&metadata, own::PLAN_KEY, path)?.ok_or_else(|| missing(own::PLAN_KEY))?;
+            (own_config.ok_or_else(|| missing(own::CONFIG_KEY))?, Some(plan), None)
+        } else {
+            // Where the file tells the scaling itself, it need not be found again from its factors.
+            let factors = take_rope_factors(&file, &mut tensors).filter(|_| own_config.is_none());
+            let described = config::to_hf_json(&metadata, &tensors, factors.as_deref(), path)?;
+            let head_dim = described["head_dim"].as_u64().and_then(|d| usize::try_from(d).ok()).unwrap_or(0);
+            let family = config::family(&metadata, path)?;
+            if let Some(own) = &own_config {
+                check_same_architecture(own, family, head_dim, path)?;
             }
+            let interleaved_heads = (family == Family::Llama).then_some(head_dim);
+            (own_config.unwrap_or(described), None, interleaved_heads)
         };
-        let config_json = config::to_hf_json(&metadata, &tensors, rope_factors.as_deref(), path)?;
-        let head_dim = config_json["head_dim"].as_u64().and_then(|d| usize::try_from(d).ok()).unwrap_or(0);
         let mut source = Self {
             path: path.to_path_buf(),
             file,
             metadata,
             config_json,
+            plan_json,
             infos: Vec::new(),
             orders: Vec::new(),
             by_name: HashMap::new(),
             tensors,
         };
         for (at, tensor) in source.tensors.iter().enumerate() {
-            let name = hf_name(&tensor.name).ok_or_else(|| {
+            let name = if hybrid { Some(tensor.name.clone()) } else { hf_name(&tensor.name) };
+            let name = name.ok_or_else(|| {
                 unsupported(format!(
-                    "tensor `{}` in {}: {} has none",
+                    "tensor `{}` in {}: the supported families have none",
                     tensor.name,
-                    path.display(),
-                    family.model_type()
+                    path.display()
                 ))
             })?;
-            let order = match family {
-                Family::Llama if is_query_or_key(&name) => interleaved(tensor, head_dim, path)?,
+            let order = match interleaved_heads {
+                Some(head_dim) if is_query_or_key(&name) => interleaved(tensor, head_dim, path)?,
                 _ => RowOrder::HuggingFace,
             };
             source.orders.push(order);
@@ -126,9 +142,14 @@ impl GgufSource {
         &self.metadata
     }
 
-    /// A `config.json` in Hugging Face form, made from the metadata.
+    /// A `config.json` in Hugging Face form: the one the file holds, or made from llama.cpp's metadata.
     pub fn config_json(&self) -> &serde_json::Value {
         &self.config_json
+    }
+
+    /// A hybrid's `head_plan.json`.
+    pub fn plan_json(&self) -> Option<&serde_json::Value> {
+        self.plan_json.as_ref()
     }
 
     fn find(&self, name: &str) -> Result<usize> {
@@ -185,6 +206,35 @@ impl TensorSource for GgufSource {
     fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.by_name.get(name).map(|&at| &self.infos[at])
     }
+}
+
+/// Takes llama.cpp's divisors of the RoPE frequencies out of the list of tensors; they go into the configuration.
+fn take_rope_factors(file: &[u8], tensors: &mut Vec<GgufTensor>) -> Option<Vec<f32>> {
+    let at = tensors.iter().position(|t| t.name == ROPE_FREQS)?;
+    let tensor = tensors.remove(at);
+    let mut values = vec![0.0; tensor.shape.iter().product()];
+    dequantize(tensor.dtype, &file[tensor.range], &mut values);
+    Some(values)
+}
+
+/// The file's own configuration must be of the architecture that the file names, since that decides the order of rows.
+fn check_same_architecture(
+    own: &serde_json::Value,
+    named: Family,
+    head_dim: usize,
+    path: &Path,
+) -> Result<()> {
+    let config = ModelConfig::from_hf_json(own).map_err(|e| e.at(path))?;
+    let (found, named) = (describe::architecture(config.family), describe::architecture(named));
+    if (found, config.head_dim) == (named, head_dim) {
+        return Ok(());
+    }
+    let reason = format!(
+        "`{}` is of {found} with heads of {}, the file's other metadata are of {named} with heads of {head_dim}",
+        own::CONFIG_KEY,
+        config.head_dim
+    );
+    Err(WeightsError::malformed(path, "GGUF", reason))
 }
 
 /// Whether llama.cpp's converter permutes the rows of this tensor of a llama model.

@@ -144,7 +144,7 @@ pub struct Checkpoint {
     pub config_json: serde_json::Value,
     /// All tensors.
     pub tensors: Box<dyn TensorSource>,
-    /// Content of `head_plan.json` when the folder holds a hybrid.
+    /// Content of `head_plan.json` when it is a hybrid.
     pub plan_json: Option<serde_json::Value>,
 }
 
@@ -186,14 +186,9 @@ impl Checkpoint {
     fn open_gguf(path: &Path) -> Result<Self> {
         let tensors = GgufSource::open(path)?;
         let config_json = tensors.config_json().clone();
+        let plan_json = tensors.plan_json().cloned();
         let config = ModelConfig::from_hf_json(&config_json).map_err(|e| e.at(path))?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            config,
-            config_json,
-            tensors: Box::new(tensors),
-            plan_json: None,
-        })
+        Ok(Self { path: path.to_path_buf(), config, config_json, tensors: Box::new(tensors), plan_json })
     }
 
     /// Loads the tokenizer (an error when the checkpoint carries none).

@@ -96,21 +96,24 @@ impl<'a> StoredTensor<'a> {
     /// # Errors
     /// [`WeightsError::NonFinite`] with `name` and the flat stored index of the value, or of the first of the block.
     pub fn check_finite(&self, name: &str) -> Result<()> {
-        let (block, block_bytes) = self.dtype.block();
-        let bad = match self.dtype {
-            Dtype::F32 => first(self.bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7F80_0000 == 0x7F80_0000),
-            Dtype::F16 => first(self.bytes, half_is_not_finite),
-            Dtype::BF16 => first(self.bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
-            quantised => {
-                let scales = scale_offsets(quantised);
-                self.bytes
-                    .chunks_exact(block_bytes)
-                    .position(|block| scales.iter().any(|&at| half_is_not_finite([block[at], block[at + 1]])))
-            }
-        };
-        match bad {
+        match first_not_finite(self.dtype, self.bytes) {
             None => Ok(()),
-            Some(at) => Err(WeightsError::NonFinite { name: name.to_string(), index: at * block }),
+            Some(index) => Err(WeightsError::NonFinite { name: name.to_string(), index }),
+        }
+    }
+}
+
+/// Index of the first value of `bytes`, whole blocks of `dtype`, that is NaN or infinite, or of the first of its block.
+pub(crate) fn first_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<usize> {
+    match dtype {
+        Dtype::F32 => first(bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7F80_0000 == 0x7F80_0000),
+        Dtype::F16 => first(bytes, half_is_not_finite),
+        Dtype::BF16 => first(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
+        quantised => {
+            let (block, block_bytes) = quantised.block();
+            let scales = scale_offsets(quantised);
+            let bad = |b: &[u8]| scales.iter().any(|&at| half_is_not_finite([b[at], b[at + 1]]));
+            bytes.chunks_exact(block_bytes).position(bad).map(|at| at * block)
         }
     }
 }

@@ -6,6 +6,7 @@ mod from_gguf;
 mod stop;
 #[cfg(test)]
 mod tests;
+mod to_gguf;
 
 pub use stop::StopStream;
 
@@ -24,6 +25,18 @@ pub struct ChatMessage {
     pub role: String,
     /// Text of the turn.
     pub content: String,
+}
+
+/// Whether [`Tokenizer::to_gguf`] also writes llama.cpp's metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LlamaCpp {
+    /// They are written, for a model with `vocab` rows in its embedding.
+    Described {
+        /// Tokens that llama.cpp expects; missing ones are filled up with unused ones.
+        vocab: usize,
+    },
+    /// They are left out, in files that llama.cpp cannot compute anyway.
+    Omitted,
 }
 
 /// A tokenizer with its special tokens and chat template.
@@ -89,12 +102,16 @@ impl Tokenizer {
         Self::from_parts(json, config).map_err(|e| WeightsError::malformed(&path, "tokenizer", e.to_string()))
     }
 
-    /// Makes the tokenizer that a GGUF file describes.
+    /// Makes the tokenizer of a GGUF file: the `tokenizer.json` in it when this project wrote one, else what llama.cpp's
+    /// metadata describe.
     ///
     /// # Errors
     /// [`WeightsError::Unsupported`] for a tokenizer model or pre-tokenizer that is not known exactly;
     /// [`WeightsError::Tokenizer`] for metadata that do not fit together.
     pub fn from_gguf(metadata: &gguf::Metadata) -> Result<Self> {
+        if let Some(own) = from_gguf::own(metadata)? {
+            return Self::from_parts(own.0, own.1);
+        }
         let (json, config) = from_gguf::convert(metadata)?;
         Self::from_parts(json.to_string().into_bytes(), config)
     }
@@ -207,6 +224,19 @@ impl Tokenizer {
         atomic_write(&dir.join("tokenizer.json"), &self.json)?;
         let config = format!("{:#}\n", self.config);
         atomic_write(&dir.join("tokenizer_config.json"), config.as_bytes())
+    }
+
+    /// Adds the tokenizer to the metadata of a GGUF file: `tokenizer.json` and its configuration as they are, and, with
+    /// [`LlamaCpp::Described`], the metadata llama.cpp reads. Returns whether llama.cpp knows such a tokenizer.
+    ///
+    /// # Errors
+    /// [`WeightsError::Tokenizer`].
+    pub fn to_gguf(&self, llama_cpp: LlamaCpp, out: &mut gguf::MetadataBuilder) -> Result<bool> {
+        to_gguf::write_own(self, out)?;
+        match llama_cpp {
+            LlamaCpp::Described { vocab } => to_gguf::describe(self, vocab, out),
+            LlamaCpp::Omitted => Ok(false),
+        }
     }
 
     /// Text of a special token, stored as text or as an object with `content`.

@@ -1,4 +1,4 @@
-//! llama.cpp tensor names → Hugging Face names. Llama, mistral, qwen2 and qwen3 share one table.
+//! llama.cpp tensor names ↔ Hugging Face names. Llama, mistral, qwen2 and qwen3 share one table.
 
 /// Names outside the layers.
 const GLOBAL: [(&str, &str); 3] = [
@@ -32,4 +32,16 @@ pub fn hf_name(gguf: &str) -> Option<String> {
     let (part, kind) = rest.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias"))?;
     let (_, hf) = LAYER.iter().find(|(name, _)| *name == part)?;
     Some(format!("model.layers.{number}.{hf}.{kind}"))
+}
+
+/// llama.cpp's name of a Hugging Face tensor of these families.
+pub fn gguf_name(hf: &str) -> Option<String> {
+    if let Some((gguf, _)) = GLOBAL.iter().find(|(_, name)| *name == hf) {
+        return Some(gguf.to_string());
+    }
+    let (layer, rest) = hf.strip_prefix("model.layers.")?.split_once('.')?;
+    let number: usize = layer.parse().ok().filter(|n: &usize| n.to_string() == layer)?;
+    let (part, kind) = rest.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias"))?;
+    let (gguf, _) = LAYER.iter().find(|(_, name)| *name == part)?;
+    Some(format!("blk.{number}.{gguf}.{kind}"))
 }

@@ -15,7 +15,22 @@ const MAX_DEPTH: usize = 4;
 /// Smallest bytes of one metadata entry (empty key, type, one byte) and of one tensor entry (empty name, no dimensions).
 const MIN_ENTRY: (usize, usize) = (13, 24);
 /// Alignment of tensor data when `general.alignment` is absent.
-const DEFAULT_ALIGNMENT: usize = 32;
+pub(super) const DEFAULT_ALIGNMENT: usize = 32;
+
+/// ggml's numbers of the element types.
+pub(super) const ELEMENT_TYPES: [(u32, Dtype); 11] = [
+    (0, Dtype::F32),
+    (1, Dtype::F16),
+    (2, Dtype::Q4_0),
+    (3, Dtype::Q4_1),
+    (6, Dtype::Q5_0),
+    (7, Dtype::Q5_1),
+    (8, Dtype::Q8_0),
+    (12, Dtype::Q4K),
+    (13, Dtype::Q5K),
+    (14, Dtype::Q6K),
+    (30, Dtype::BF16),
+];
 
 /// A metadata value.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,6 +115,8 @@ pub struct GgufTensor {
 pub struct GgufHeader {
     /// Metadata by key.
     pub metadata: Metadata,
+    /// Every metadata key in file order with the bytes of its type and value, for copying them unchanged.
+    pub entries: Vec<(String, Range<usize>)>,
     /// Tensors in file order.
     pub tensors: Vec<GgufTensor>,
 }
@@ -124,20 +141,23 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<GgufHeader> {
         )));
     }
     let tensors = cursor.count("tensors", MIN_ENTRY.1)?;
-    let entries = cursor.count("metadata entries", MIN_ENTRY.0)?;
+    let count = cursor.count("metadata entries", MIN_ENTRY.0)?;
     let mut metadata = Metadata::new();
-    for _ in 0..entries {
+    let mut entries = Vec::new();
+    for _ in 0..count {
         let key = cursor.string("a metadata key")?;
+        let from = cursor.at;
         let kind = cursor.u32("a metadata type")?;
         let value = cursor.value(kind, &key, 0)?;
         if metadata.contains_key(&key) {
             return Err(cursor.bad(format!("the metadata key `{key}` occurs twice")));
         }
+        entries.push((key.clone(), from..cursor.at));
         metadata.insert(key, value);
     }
-    let mut entries = Vec::new();
+    let mut listed = Vec::new();
     for _ in 0..tensors {
-        entries.push(cursor.tensor()?);
+        listed.push(cursor.tensor()?);
     }
     let alignment = match metadata.get("general.alignment") {
         None => DEFAULT_ALIGNMENT,
@@ -149,7 +169,8 @@ pub fn parse(bytes: &[u8], path: &Path) -> Result<GgufHeader> {
                 cursor.bad(format!("`general.alignment` is {v:?}, expected a power of two from 8"))
             })?,
     };
-    place(entries, alignment, &cursor).map(|tensors| GgufHeader { metadata, tensors })
+    let tensors = place(listed, alignment, &cursor)?;
+    Ok(GgufHeader { metadata, entries, tensors })
 }
 
 struct Entry {
@@ -325,26 +346,13 @@ impl<'a> Cursor<'a> {
         }
         shape.reverse();
         let kind = self.u32("a tensor's type")?;
-        let dtype = match kind {
-            0 => Dtype::F32,
-            1 => Dtype::F16,
-            2 => Dtype::Q4_0,
-            3 => Dtype::Q4_1,
-            6 => Dtype::Q5_0,
-            7 => Dtype::Q5_1,
-            8 => Dtype::Q8_0,
-            12 => Dtype::Q4K,
-            13 => Dtype::Q5K,
-            14 => Dtype::Q6K,
-            30 => Dtype::BF16,
-            other => {
-                return Err(unsupported(format!(
-                    "tensor `{name}` in {} has ggml element type {other}; supported are F32, F16, BF16, Q8_0, Q4_0, \
-                     Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K",
-                    self.path.display()
-                )));
-            }
-        };
+        let dtype = ELEMENT_TYPES.iter().find(|(id, _)| *id == kind).map(|&(_, dtype)| dtype).ok_or_else(|| {
+            unsupported(format!(
+                "tensor `{name}` in {} has ggml element type {kind}; supported are F32, F16, BF16, Q8_0, Q4_0, Q4_1, \
+                 Q5_0, Q5_1, Q4_K, Q5_K and Q6_K",
+                self.path.display()
+            ))
+        })?;
         let offset = self.u64("a tensor's offset")?;
         Ok(Entry { name, shape, dtype, offset })
     }

@@ -257,6 +257,9 @@ fn names_translate() {
         ("", None),
     ] {
         assert_eq!(hf_name(gguf).as_deref(), hf, "{gguf}");
+        if let Some(hf) = hf {
+            assert_eq!(gguf_name(hf).as_deref(), Some(gguf));
+        }
     }
 }
 
@@ -283,7 +286,7 @@ proptest! {
         let builder = keys.iter().fold(Builder::default(), |b, (k, v)| b.uint(k, *v));
         let header = parse(&builder.build(), Path::new("x")).unwrap_or_else(|e| {
             assert!(keys.contains_key("general.alignment"), "{e}");
-            GgufHeader { metadata: Metadata::new(), tensors: Vec::new() }
+            GgufHeader { metadata: Metadata::new(), entries: Vec::new(), tensors: Vec::new() }
         });
         for (key, value) in &header.metadata {
             prop_assert_eq!(value.as_u64(), Some(u64::from(keys[key])));

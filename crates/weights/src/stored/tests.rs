@@ -3,21 +3,6 @@ use half::{bf16, f16};
 use kernels::quant::dequantize;
 use proptest::prelude::*;
 
-/// Every element type.
-const ALL: [Dtype; 11] = [
-    Dtype::F32,
-    Dtype::F16,
-    Dtype::BF16,
-    Dtype::Q8_0,
-    Dtype::Q4_0,
-    Dtype::Q4_1,
-    Dtype::Q5_0,
-    Dtype::Q5_1,
-    Dtype::Q4K,
-    Dtype::Q5K,
-    Dtype::Q6K,
-];
-
 #[test]
 fn orders_are_inverse_and_stay_within_heads() {
     for head_dim in [2, 4, 6, 64] {
@@ -80,7 +65,7 @@ proptest! {
     #[test]
     fn scales_decide(which in 0usize..11, seed in any::<u64>(), hot in any::<bool>()) {
         use rand::{Rng, SeedableRng};
-        let dtype = ALL[which];
+        let dtype = Dtype::ALL[which];
         let (block, block_bytes) = dtype.block();
         let blocks = 3;
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);

@@ -3,30 +3,33 @@
 
 use crate::config::unsupported;
 use crate::error::{Result, WeightsError};
+use crate::gguf::own::{TOKENIZER_CONFIG_KEY, TOKENIZER_KEY};
 use crate::gguf::{Metadata, Value as Meta};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 
 /// llama.cpp's token types.
-mod kind {
+pub(super) mod kind {
     pub const NORMAL: u64 = 1;
     pub const UNKNOWN: u64 = 2;
     pub const CONTROL: u64 = 3;
     pub const USER_DEFINED: u64 = 4;
+    pub const UNUSED: u64 = 5;
     pub const BYTE: u64 = 6;
 }
 
-const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// llama.cpp's own `default`, applied one after the other.
-const DEFAULT_SPLITS: [&str; 4] = [
+pub(super) const DEFAULT_SPLITS: [&str; 4] = [
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 ];
+const NO_TOKENIZER: &str = "the file carries no tokenizer (`tokenizer.ggml.model`)";
 /// How SentencePiece writes a space.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 
 fn bad(reason: impl Into<String>) -> WeightsError {
     WeightsError::Tokenizer(format!("GGUF metadata: {}", reason.into()))
@@ -99,19 +102,38 @@ fn vocabulary(metadata: &Metadata) -> Result<Vocabulary<'_>> {
     Ok(Vocabulary { tokens, kinds })
 }
 
+/// The text of `tokenizer.json` and the content of `tokenizer_config.json` that this project put into a file.
+pub(super) fn own(metadata: &Metadata) -> Result<Option<(Vec<u8>, Value)>> {
+    let text = |key: &str| {
+        let Some(value) = metadata.get(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| bad(format!("`{key}` is not a text")))
+    };
+    let Some(json) = text(TOKENIZER_KEY)? else { return Ok(None) };
+    let config = match text(TOKENIZER_CONFIG_KEY)? {
+        None => json!({}),
+        Some(config) => serde_json::from_str(config)
+            .ok()
+            .filter(Value::is_object)
+            .ok_or_else(|| bad(format!("`{TOKENIZER_CONFIG_KEY}` is not a JSON object")))?,
+    };
+    Ok(Some((json.as_bytes().to_vec(), config)))
+}
+
 /// `tokenizer.json` and `tokenizer_config.json` of the tokenizer that `metadata` describes.
 pub(super) fn convert(metadata: &Metadata) -> Result<(Value, Value)> {
-    let model = metadata.get("tokenizer.ggml.model").and_then(Meta::as_str);
+    let model = metadata.get("tokenizer.ggml.model").and_then(Meta::as_str).unwrap_or("none");
+    if matches!(model, "none" | "no_vocab") {
+        return Err(bad(NO_TOKENIZER));
+    }
     let vocab = vocabulary(metadata)?;
     let (mut json, bos_by_default) = match model {
-        Some("gpt2") => byte_level(metadata, &vocab)?,
-        Some("llama") => (sentence_piece(metadata, &vocab)?, true),
-        Some(other) => {
+        "gpt2" => byte_level(metadata, &vocab)?,
+        "llama" => (sentence_piece(metadata, &vocab)?, true),
+        other => {
             return Err(unsupported(format!(
                 "GGUF tokenizer model `{other}`; supported are gpt2 (byte-level BPE) and llama (SentencePiece BPE)"
             )));
         }
-        None => return Err(bad("`tokenizer.ggml.model` is missing: the file carries no tokenizer")),
     };
     let flag = |key: &str, default: bool| match metadata.get(key) {
         None => Ok(default),
@@ -271,7 +293,7 @@ fn merges_by_score(vocab: &Vocabulary, scores: &[f64]) -> Vec<Value> {
         .tokens
         .iter()
         .enumerate()
-        .filter(|&(id, _)| matches!(vocab.kinds[id], kind::NORMAL | 5))
+        .filter(|&(id, _)| matches!(vocab.kinds[id], kind::NORMAL | kind::UNUSED))
         .map(|(id, token)| (*token, id))
         .collect();
     let mut merges = Vec::new();

@@ -243,3 +243,108 @@ fn dates_are_civil() {
     assert!(strftime(format, 1_709_210_096).starts_with("Thursday Thu 29 February Feb 02 2024 24 12:34:56"));
     assert!(strftime(format, 978_307_199).starts_with("Sunday Sun 31 December Dec 12 2000 00 23:59:59"));
 }
+
+/// Every tokenizer of the goldens, with the number of its tokens.
+fn known() -> Vec<(String, Tokenizer, Metadata)> {
+    let bytes = golden("byte_level.json");
+    let mut all: Vec<(String, Metadata)> = ["gpt-2", "smollm", "llama-bpe", "qwen2", "default"]
+        .into_iter()
+        .map(|pre| (pre.to_string(), byte_level(&bytes, pre)))
+        .collect();
+    all.push(("llama".into(), sentence_piece(&golden("sentence_piece.json"))));
+    all.into_iter()
+        .map(|(name, metadata)| (name, Tokenizer::from_gguf(&metadata).unwrap(), metadata))
+        .collect()
+}
+
+fn written(tokenizer: &Tokenizer, llama_cpp: LlamaCpp) -> (bool, Metadata) {
+    let mut out = gguf::MetadataBuilder::default();
+    let known = tokenizer.to_gguf(llama_cpp, &mut out).unwrap();
+    (known, gguf::parse(&out.header(0), Path::new("t.gguf")).unwrap().metadata)
+}
+
+fn without_own(mut metadata: Metadata) -> Metadata {
+    metadata.retain(|key, _| !key.starts_with("recurformer."));
+    metadata
+}
+
+#[test]
+fn tokenizers_survive_gguf_both_ways() {
+    let texts = texts(&golden("byte_level.json")["texts"]);
+    for (name, original, metadata) in known() {
+        let vocab = original.vocab_size();
+        let (described, found) = written(&original, LlamaCpp::Described { vocab });
+        assert!(described, "{name}");
+        for key in ["model", "tokens", "merges", "bos_token_id", "eos_token_id"] {
+            let key = format!("tokenizer.ggml.{key}");
+            assert_eq!(found.get(&key), metadata.get(&key), "{name} {key}");
+        }
+        let own = Tokenizer::from_gguf(&found).unwrap();
+        assert_eq!((&own.json, &own.config), (&original.json, &original.config), "{name}");
+        let llama_cpp = Tokenizer::from_gguf(&without_own(found)).unwrap();
+        for text in &texts {
+            let ids = original.encode(text, true).unwrap();
+            assert_eq!(own.encode(text, true).unwrap(), ids, "{name}: {text:?}");
+            assert_eq!(llama_cpp.encode(text, true).unwrap(), ids, "{name}: {text:?}");
+            assert_eq!(llama_cpp.decode(&ids, true).unwrap(), original.decode(&ids, true).unwrap());
+        }
+        let (described, found) = written(&original, LlamaCpp::Omitted);
+        assert!(!described && found.keys().all(|key| key.starts_with("recurformer.")), "{name}");
+    }
+}
+
+#[test]
+fn llama_cpp_gets_as_many_tokens_as_the_model_has_rows() {
+    let (_, tokenizer, _) = known().remove(0);
+    let vocab = tokenizer.vocab_size() + 3;
+    let (_, found) = written(&tokenizer, LlamaCpp::Described { vocab });
+    let tokens = found["tokenizer.ggml.tokens"].as_array().unwrap();
+    assert_eq!(tokens.len(), vocab);
+    assert_eq!(tokens[vocab - 1], Meta::Text(format!("[PAD{}]", vocab - 1)));
+    let kinds = found["tokenizer.ggml.token_type"].as_array().unwrap();
+    assert_eq!(
+        (kinds[vocab - 1].as_u64(), kinds[0].as_u64(), kinds[3].as_u64()),
+        (Some(5), Some(3), Some(4))
+    );
+    // More tokens than rows: llama.cpp would refuse the file, this project does not look at those metadata.
+    let (known, found) = written(&tokenizer, LlamaCpp::Described { vocab: vocab - 4 });
+    assert!(!known && !found.contains_key("tokenizer.ggml.tokens"));
+    Tokenizer::from_gguf(&found).unwrap();
+}
+
+#[test]
+fn tokenizers_of_other_kinds_are_only_this_projects() {
+    let (_, tokenizer, _) = known().remove(0);
+    let vocab = tokenizer.vocab_size();
+    let json: Value = serde_json::from_slice(&tokenizer.json).unwrap();
+    for (pointer, value) in [
+        ("/pre_tokenizer", json!({"type": "Whitespace"})),
+        ("/pre_tokenizer/add_prefix_space", json!(true)),
+        ("/normalizer", json!({"type": "Lowercase"})),
+        ("/model/ignore_merges", json!(true)),
+    ] {
+        let mut other = json.clone();
+        *other.pointer_mut(pointer).unwrap() = value;
+        let other = Tokenizer::from_parts(other.to_string().into_bytes(), json!({})).unwrap();
+        let (known, found) = written(&other, LlamaCpp::Described { vocab });
+        assert!(!known && !found.contains_key("tokenizer.ggml.model"), "{pointer}");
+        assert_eq!(Tokenizer::from_gguf(&found).unwrap().json, other.json);
+    }
+}
+
+#[test]
+fn broken_own_tokenizers_are_named() {
+    let text = |s: &str| Meta::Text(s.into());
+    for (metadata, word) in [
+        (vec![("recurformer.tokenizer", Meta::Unsigned(1))], "not a text"),
+        (vec![("recurformer.tokenizer", text("{"))], "tokenizer"),
+        (vec![("recurformer.tokenizer", text("{}")), ("recurformer.tokenizer_config", text("[]"))], "object"),
+        (vec![("recurformer.tokenizer", text("{}")), ("recurformer.tokenizer_config", text("x"))], "object"),
+        (vec![("tokenizer.ggml.model", text("none"))], "carries no tokenizer"),
+        (vec![], "carries no tokenizer"),
+    ] {
+        let metadata: Metadata = metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
+        let error = Tokenizer::from_gguf(&metadata).err().unwrap().to_string();
+        assert!(error.contains(word), "{word}: {error}");
+    }
+}
