@@ -6,13 +6,14 @@ use anyhow::Result;
 use eval::report::bytes;
 use model::{GroupMixer, HeadPlan};
 use serde_json::json;
-use std::collections::BTreeMap;
 use surgery::select::summary;
+use weights::tensors::{bytes_by_dtype, parameter_count};
 
-/// Show what a model is: architecture, sizes, cache bytes per token, and the plan if it is a hybrid.
+/// Show what a model is: architecture, sizes, element types, cache bytes per token, and the plan if it is a hybrid.
 ///
 /// Examples:
 ///   recurformer inspect smollm2-135m
+///   recurformer inspect hybrid-q4.gguf
 ///   recurformer inspect ./hybrid --json
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -31,25 +32,31 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         Some(value) => HeadPlan::from_json(&value.to_string(), config)?,
         None => HeadPlan::empty(config),
     };
-    let mut by_dtype: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-    let mut parameters = 0usize;
-    for info in checkpoint.tensors.infos() {
-        let entry = by_dtype.entry(format!("{:?}", info.dtype)).or_default();
-        entry.0 += 1;
-        entry.1 += info.bytes;
-        parameters += info.shape.iter().product::<usize>();
-    }
+    let infos = checkpoint.tensors.infos();
+    let parameters = parameter_count(infos);
+    let by_dtype: Vec<(&str, usize, usize)> = bytes_by_dtype(infos)
+        .into_iter()
+        .map(|(dtype, size)| (dtype.name(), infos.iter().filter(|i| i.dtype == dtype).count(), size))
+        .collect();
+    let container = match (checkpoint.path.is_dir(), &checkpoint.plan_json) {
+        (true, _) => "folder",
+        (false, None) => "GGUF",
+        (false, Some(_)) => "GGUF of architecture recurformer",
+    };
+    let architecture = checkpoint.config_json["architectures"][0].as_str();
+    let architecture = architecture.unwrap_or_else(|| config.family.architecture());
     let cache = summary(&plan, config);
     if args.json {
         let dtypes: Vec<_> =
-            by_dtype.iter().map(|(d, (n, b))| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
+            by_dtype.iter().map(|(d, n, b)| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
         return print_json(&json!({
-            "path": checkpoint.path, "config": config, "parameters": parameters, "dtypes": dtypes,
+            "path": checkpoint.path, "container": container, "architecture": architecture, "config": config, "parameters": parameters, "dtypes": dtypes,
             "kv_bytes_per_token": cache.hybrid_bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
             "plan": (plan.converted() > 0).then_some(&plan),
         }));
     }
-    println!("{}", checkpoint.path.display());
+    println!("{} ({container})", checkpoint.path.display());
+    println!("  architecture  {architecture}");
     println!(
         "  family        {:?}, {} layers, d_model {}, d_ff {}",
         config.family, config.layers, config.d_model, config.d_ff
@@ -68,7 +75,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         config.max_context, config.rope_theta, config.rope_scaling
     );
     println!("  parameters    {:.1} M", parameters as f64 / 1e6);
-    for (dtype, (tensors, size)) in &by_dtype {
+    for (dtype, tensors, size) in &by_dtype {
         println!("    {dtype:<6} {tensors:>5} tensors {:>12}", bytes(*size));
     }
     println!(

@@ -7,6 +7,7 @@ pub mod chat;
 pub mod convert;
 pub mod doctor;
 pub mod eval;
+pub mod export;
 pub mod fetch;
 pub mod generate;
 pub mod heal;
