@@ -316,7 +316,7 @@ fn write_slab(exec: &Exec, layout: Layout, slab: &mut [u8], first: usize, k: Mat
         KvType::F32 => dispatch!(exec.isa(), {
             let (k_out, v_out) = (values_mut::<f32>(k_bytes), values_mut::<f32>(v_bytes));
             for t in 0..k.rows() {
-                place(layout, k_out, v_out, first + t, k.row(t), v.row(t));
+                place::<_, 1>(layout, k_out, v_out, first + t, k.row(t), v.row(t));
             }
         }),
         KvType::F16 => dispatch!(exec.isa(), write_converted(layout, k_bytes, v_bytes, first, k, v, to_f16)),
@@ -331,7 +331,7 @@ fn write_slab(exec: &Exec, layout: Layout, slab: &mut [u8], first: usize, k: Mat
             for t in 0..k.rows() {
                 k_scales[first + t] = quantize(k.row(t), k_codes);
                 v_scales[first + t] = quantize(v.row(t), v_codes);
-                place(layout, k_out, v_out, first + t, k_codes, v_codes);
+                place::<_, 2>(layout, k_out, v_out, first + t, k_codes, v_codes);
             }
         }),
     }
@@ -358,57 +358,84 @@ fn write_converted(
         for (out, &x) in v_row.iter_mut().zip(v.row(t)) {
             *out = convert(x);
         }
-        place(layout, k_out, v_out, first + t, k_row, v_row);
+        place::<_, 2>(layout, k_out, v_out, first + t, k_row, v_row);
     }
 }
 
-/// Puts one key and value in their places.
+/// Puts one key and value in their places; `PAIR` is the layout's.
 #[inline(always)]
-fn place<T: Plain>(layout: Layout, k_out: &mut [T], v_out: &mut [T], key: usize, k: &[T], v: &[T]) {
-    let pair = layout.pair();
+fn place<T: Plain, const PAIR: usize>(
+    layout: Layout,
+    k_out: &mut [T],
+    v_out: &mut [T],
+    key: usize,
+    k: &[T],
+    v: &[T],
+) {
     let block = &mut k_out[key / WIDE * (layout.head_dim * WIDE)..][..layout.head_dim * WIDE];
-    for (line, k) in block.chunks_exact_mut(WIDE * pair).zip(k.chunks_exact(pair)) {
-        line[key % WIDE * pair..][..pair].copy_from_slice(k);
+    let at = key % WIDE * PAIR;
+    for (line, k) in block.chunks_exact_mut(WIDE * PAIR).zip(k.chunks_exact(PAIR)) {
+        line[at..at + PAIR].copy_from_slice(k);
     }
     for (panel, v) in v_out.chunks_exact_mut(PAGE * WIDE).zip(v.chunks(WIDE)) {
-        let line = &mut panel[key / pair * (WIDE * pair)..][..WIDE * pair];
-        for (slot, &v) in line[key % pair..].iter_mut().step_by(pair).zip(v) {
-            *slot = v;
+        let line = &mut panel[key / PAIR * (WIDE * PAIR)..][..WIDE * PAIR];
+        for (pair, &v) in line.chunks_exact_mut(PAIR).zip(v) {
+            pair[key % PAIR] = v;
         }
     }
 }
 
-/// Nearest f16, ties to even; finite values beyond the range saturate.
+/// Nearest f16, ties to even; finite values beyond the range saturate. Straight-line code that vectorises.
 #[inline(always)]
-fn to_f16(x: f32) -> u16 {
-    const MAX: f32 = 65504.0;
-    half::f16::from_f32_const(if x.is_finite() { x.clamp(-MAX, MAX) } else { x }).to_bits()
+pub(super) fn to_f16(x: f32) -> u16 {
+    const LARGEST: u32 = 65504.0f32.to_bits();
+    const INFINITY: u32 = f32::INFINITY.to_bits();
+    /// Bits of the smallest normal half, 2⁻¹⁴.
+    const NORMAL: u32 = (127 - 14) << 23;
+    /// Adding 1/2 to a smaller value rounds it to a multiple of 2⁻²⁴ and leaves the multiple in the low bits.
+    const HALF: f32 = 0.5;
+    let bits = x.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    let clamped = if magnitude > LARGEST { LARGEST } else { magnitude };
+    // Rebias the exponent and round at bit 13.
+    let odd = (clamped >> 13) & 1;
+    let normal = clamped.wrapping_add(0xc800_0fff).wrapping_add(odd) >> 13;
+    let small = (f32::from_bits(magnitude) + HALF).to_bits().wrapping_sub(HALF.to_bits());
+    let finite = if magnitude < NORMAL { small } else { normal };
+    let special = if magnitude > INFINITY { 0x7e00 } else { 0x7c00 };
+    let value = if magnitude >= INFINITY { special } else { finite };
+    (value | (bits >> 31 << 15)) as u16
 }
 
 /// Nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
-fn to_bf16(x: f32) -> u16 {
+pub(super) fn to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
     ((if x.is_nan() { bits | 0x0040_0000 } else { rounded }) >> 16) as u16
 }
 
-/// 8-bit codes of a row; returns the scale, NaN when a value is not finite.
+/// 8-bit codes of a row; returns the scale, NaN when a value is not finite. Straight-line loops that vectorise.
 #[inline(always)]
 fn quantize(x: &[f32], codes: &mut [i8]) -> f32 {
-    let (mut largest, mut finite) = (0.0f32, true);
+    /// 1.5 · 2²³: adding it rounds to the nearest integer and leaves that integer in the low mantissa bits.
+    const ROUND: f32 = 12_582_912.0;
+    // Magnitudes order like their bits, with what is not finite last.
+    let mut largest = 0;
     for &x in x {
-        largest = if x.abs() > largest { x.abs() } else { largest };
-        finite &= x.is_finite();
+        largest = largest.max(x.to_bits() & 0x7fff_ffff);
     }
-    if !finite {
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
         codes.fill(0);
         return f32::NAN;
     }
     let scale = largest / 127.0;
-    let inverse = if scale > 0.0 { 127.0 / largest } else { 0.0 };
+    // The quotient overflows for values near the smallest, which are as good as 0.
+    let inverse = 127.0 / largest;
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     for (code, &x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse).round_ties_even() as i8;
+        *code = (x * inverse + ROUND).to_bits() as i8;
     }
     scale
 }
