@@ -29,15 +29,8 @@ pub enum IsaLevel {
 }
 
 impl IsaLevel {
-    const ALL: [IsaLevel; 7] = [
-        Self::Scalar,
-        Self::Neon,
-        Self::Avx2,
-        Self::Avx512,
-        Self::Avx512Vnni,
-        Self::Avx512Bf16,
-        Self::Amx,
-    ];
+    const ALL: [IsaLevel; 7] =
+        [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16, Self::Amx];
 
     /// The name used by `RECURFORMER_ISA` and `doctor`.
     pub fn name(self) -> &'static str {
@@ -75,7 +68,7 @@ impl IsaLevel {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512Vnni.is_supported() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => false,
+            Self::Amx => Self::Avx512Bf16.is_supported() && crate::packed::amx::supported(),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => false,
         }
@@ -102,6 +95,11 @@ impl Isa {
     /// Every instruction set this CPU can run, slowest first; tests run on each of them.
     pub fn available() -> Vec<Isa> {
         IsaLevel::ALL.into_iter().filter(|level| level.is_supported()).map(Isa).collect()
+    }
+    /// AMX on a CPU that has everything below it: where the CPU lacks it, products use a software model of the tiles.
+    #[cfg(test)]
+    pub(crate) fn modelled_amx() -> Option<Isa> {
+        IsaLevel::Avx512Bf16.is_supported().then_some(Isa(IsaLevel::Amx))
     }
     /// The instruction set of that name (case-insensitive). An unknown name, or one this CPU lacks, is an error.
     pub fn named(name: &str) -> Result<Isa, KernelError> {

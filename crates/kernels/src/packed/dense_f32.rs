@@ -102,32 +102,42 @@ impl Pair for F16 {
     }
 }
 
-/// `tile[r] = x[r] · panelᵀ` for up to 4 rows. `x`: `rows` rows `stride` apart, padded; `tile` `[rows][16]`.
+/// Panels that [`matvec`] takes at once.
+pub(super) fn matvec_panels(isa: Isa) -> usize {
+    fn panels<L: Lanes>(_l: L) -> usize {
+        L::VECTOR_PANELS
+    }
+    dispatch!(isa, |l| panels(l))
+}
+
+/// `tile[r][p] = x[r] · panelᵀ` for up to 4 rows and [`matvec_panels`] packed panels lying one after another. `x`: `rows`
+/// rows `stride` apart, padded; `tile` `[rows][panels][16]`.
 ///
-/// A row's result does not depend on the number of rows.
+/// A row's result does not depend on the number of rows or panels.
 pub(super) fn matvec(
     isa: Isa,
     dtype: Dtype,
     cols: usize,
-    panel: &[u8],
+    weights: &[u8],
+    panels: usize,
     x: &[f32],
     stride: usize,
     rows: usize,
     tile: &mut [f32],
 ) {
     let cols = padded(cols);
-    assert_eq!(panel.len(), cols * PANEL * dtype.block().1);
+    assert_eq!(weights.len(), panels * cols * PANEL * dtype.block().1);
     assert!(rows == 0 || x.len() >= (rows - 1) * stride + cols);
-    assert!(tile.len() >= rows * PANEL);
+    assert!(tile.len() >= rows * panels * PANEL);
     let mut at = 0;
     while at < rows {
-        let (x, tile) = (&x[at * stride..], &mut tile[at * PANEL..]);
+        let (x, tile) = (&x[at * stride..], &mut tile[at * panels * PANEL..]);
         // SAFETY: the lengths were checked above; `matvec_rows` takes at most `rows - at` rows.
         at += dispatch!(isa, |l| unsafe {
             match dtype {
-                Dtype::F32 => matvec_rows::<_, F32>(l, panel, cols, x, stride, rows - at, tile),
-                Dtype::F16 => matvec_rows::<_, F16>(l, panel, cols, x, stride, rows - at, tile),
-                _ => matvec_rows::<_, Bf16>(l, panel, cols, x, stride, rows - at, tile),
+                Dtype::F32 => matvec_rows::<_, F32>(l, weights, panels, cols, x, stride, rows - at, tile),
+                Dtype::F16 => matvec_rows::<_, F16>(l, weights, panels, cols, x, stride, rows - at, tile),
+                _ => matvec_rows::<_, Bf16>(l, weights, panels, cols, x, stride, rows - at, tile),
             }
         });
     }
@@ -136,69 +146,87 @@ pub(super) fn matvec(
 /// As many rows as fit the registers; returns how many.
 ///
 /// # Safety
-/// As [`matvec_kernel`], for `rows` rows.
+/// As [`matvec_kernel`], for `rows` rows and `panels` panels.
 #[inline(always)]
 unsafe fn matvec_rows<L: Lanes, P: Pair>(
     l: L,
-    panel: &[u8],
+    weights: &[u8],
+    panels: usize,
     cols: usize,
     x: &[f32],
     stride: usize,
     rows: usize,
     tile: &mut [f32],
 ) -> usize {
+    assert!(panels <= L::VECTOR_PANELS, "{panels} panels at once");
     let rows = rows.min(L::VECTOR_ROWS);
-    let (panel, x, tile) = (panel.as_ptr(), x.as_ptr(), tile.as_mut_ptr());
+    let (w, x, tile) = (weights.as_ptr(), x.as_ptr(), tile.as_mut_ptr());
+    macro_rules! rows {
+        ($panels:literal) => {
+            match rows {
+                1 => matvec_kernel::<L, P, 1, $panels>(l, w, cols, x, stride, tile),
+                2 => matvec_kernel::<L, P, 2, $panels>(l, w, cols, x, stride, tile),
+                3 => matvec_kernel::<L, P, 3, $panels>(l, w, cols, x, stride, tile),
+                _ => matvec_kernel::<L, P, 4, $panels>(l, w, cols, x, stride, tile),
+            }
+        };
+    }
     // SAFETY: the caller's promise.
     unsafe {
-        match rows {
-            1 => matvec_kernel::<L, P, 1>(l, panel, cols, x, stride, tile),
-            2 => matvec_kernel::<L, P, 2>(l, panel, cols, x, stride, tile),
-            3 => matvec_kernel::<L, P, 3>(l, panel, cols, x, stride, tile),
-            _ => matvec_kernel::<L, P, 4>(l, panel, cols, x, stride, tile),
+        match panels {
+            0 => {}
+            1 => rows!(1),
+            _ => rows!(2),
         }
     }
     rows
 }
 
 /// # Safety
-/// `panel` has `cols` columns (a multiple of [`PAD`](super::PAD)), `x` `R` rows of as many values, `tile` room for `R` rows of 16.
+/// `w` holds `N` panels of `cols` columns (even) one after another, `x` `R` rows of as many values, `tile` room for
+/// `[R][N][16]`.
 #[inline(always)]
-unsafe fn matvec_kernel<L: Lanes, P: Pair, const R: usize>(
+unsafe fn matvec_kernel<L: Lanes, P: Pair, const R: usize, const N: usize>(
     l: L,
-    panel: *const u8,
+    w: *const u8,
     cols: usize,
     x: *const f32,
     stride: usize,
     tile: *mut f32,
 ) {
-    // Two pairs of columns in flight per row: four independent sums hide the latency of the multiply-add.
-    let mut acc = [[[l.zero(); 2]; R]; 2];
-    let mut col = 0;
-    let mut p = panel;
-    while col < cols {
-        for acc in &mut acc {
-            // SAFETY: `cols` is even and a multiple of 4, so both pairs lie inside the panel and the rows.
-            unsafe {
+    if R > L::VECTOR_ROWS || N > L::VECTOR_PANELS {
+        return;
+    }
+    let mut acc = [[[l.zero(); 2]; N]; R];
+    let panel_bytes = cols / 2 * P::BYTES;
+    let mut p = w;
+    for col in (0..cols).step_by(2) {
+        // SAFETY: inside the panels and rows by the caller's promise.
+        unsafe {
+            let mut loaded = [[l.zero(); 2]; N];
+            for n in 0..N {
+                let p = p.add(n * panel_bytes);
                 l.prefetch(p.wrapping_add(PREFETCH_BYTES));
                 if P::BYTES > 64 {
                     l.prefetch(p.wrapping_add(PREFETCH_BYTES + 64));
                 }
-                let w = P::load(l, p);
-                for r in 0..R {
-                    let f = P::factors(l, x.add(r * stride + col));
-                    acc[r][0] = l.fma16(w[0], f[0], acc[r][0]);
-                    acc[r][1] = l.fma16(w[1], f[1], acc[r][1]);
-                }
-                p = p.add(P::BYTES);
+                loaded[n] = P::load(l, p);
             }
-            col += 2;
+            for r in 0..R {
+                let f = P::factors(l, x.add(r * stride + col));
+                for n in 0..N {
+                    acc[r][n][0] = l.fma16(loaded[n][0], f[0], acc[r][n][0]);
+                    acc[r][n][1] = l.fma16(loaded[n][1], f[1], acc[r][n][1]);
+                }
+            }
+            p = p.add(P::BYTES);
         }
     }
     for r in 0..R {
-        let sum = [l.add16(acc[0][r][0], acc[1][r][0]), l.add16(acc[0][r][1], acc[1][r][1])];
-        // SAFETY: `tile` has `R` rows of 16.
-        unsafe { l.store16(P::finish(l, sum), tile.add(r * PANEL)) }
+        for n in 0..N {
+            // SAFETY: `tile` has this room by the caller's promise.
+            unsafe { l.store16(P::finish(l, acc[r][n]), tile.add((r * N + n) * PANEL)) }
+        }
     }
 }
 

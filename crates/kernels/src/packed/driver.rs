@@ -202,6 +202,12 @@ impl Target<'_> {
     fn compute(&self, exec: &Exec, x: &Input, block: TileAt) {
         let isa = exec.isa();
         let cols = self.weight.cols();
+        // One of them configures the tiles for both.
+        let (prepared, up_prepared) = match self.up {
+            Some(_) if self.up_route != self.route => (self.route.prepare(), Some(self.up_route.prepare())),
+            _ => (self.route.prepare(), None),
+        };
+        let up_prepared = up_prepared.as_ref().unwrap_or(&prepared);
         let mut tile = Tile([0.0; TILE_VALUES]);
         let mut up_tile = Tile([0.0; TILE_VALUES]);
         let sizes = [
@@ -227,9 +233,9 @@ impl Target<'_> {
                 for row in (block.row..block.row + block.rows).step_by(self.tile_rows) {
                     let rows = self.tile_rows.min(block.row + block.rows - row);
                     let at = TileAt { row, rows, panel: first, panels };
-                    self.route.multiply(isa, x, self.weight, scratch, at, &mut tile.0);
+                    self.route.multiply(&prepared, isa, x, self.weight, scratch, at, &mut tile.0);
                     if let Some(up) = self.up {
-                        self.up_route.multiply(isa, x, up, up_scratch, at, &mut up_tile.0);
+                        self.up_route.multiply(up_prepared, isa, x, up, up_scratch, at, &mut up_tile.0);
                     }
                     dispatch!(isa, |s| self.finish(s, at, &tile.0, &up_tile.0));
                 }

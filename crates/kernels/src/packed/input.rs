@@ -9,8 +9,8 @@ use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 use crate::{Exec, Isa, MatRef};
 
-/// Rows to which the bfloat16 form is padded, so that AMX tiles can always load whole tiles.
-const ROW_PAD: usize = 32;
+/// Rows readable beyond the last one of the bfloat16 form, so that AMX can always load whole tiles.
+const ROW_PAD: usize = 31;
 /// Below this many values another thread costs more than it gains.
 const MIN_PARALLEL_VALUES: usize = 32 * 1024;
 /// Values per task when rows are converted in parallel.
@@ -141,7 +141,7 @@ impl Input {
         let (stride, blocks) = (row_stride(cols), cols / PAD);
         (self.rows, self.cols, self.stride, self.forms) = (rows, cols, stride, forms);
         let f32_out = RowsOut::<f32>::new(&mut self.f32, rows, stride);
-        let bf16_rows = if forms.bf16 { rows.next_multiple_of(ROW_PAD) } else { 0 };
+        let bf16_rows = if forms.bf16 { rows + ROW_PAD } else { 0 };
         let bf16_out = RowsOut::<u16>::new(&mut self.bf16, bf16_rows, stride);
         let block_rows = if forms.blocks { rows } else { 0 };
         let codes_out = RowsOut::<i8>::new(&mut self.codes, block_rows, codes_stride(cols));

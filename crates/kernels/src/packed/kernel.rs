@@ -2,10 +2,10 @@
 //! Knows panels and tiles; knows nothing of threads and outputs.
 
 use super::buffer::{cast, cast_mut};
-#[cfg(target_arch = "x86_64")]
-use super::dense_bf16;
 use super::input::Input;
 use super::{MATVEC_ROWS, PANEL, Packed, dense_f32, padded, quant};
+#[cfg(target_arch = "x86_64")]
+use super::{amx, dense_bf16};
 use crate::quant::Dtype;
 use crate::{Isa, IsaLevel};
 
@@ -30,10 +30,20 @@ pub(super) enum Route {
     /// `vdpbf16ps` tiles on BF16 panels as packed.
     #[cfg(target_arch = "x86_64")]
     Bf16,
+    /// AMX tiles on BF16 panels as packed; quantised panels are dequantised to BF16 first.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Dtype),
     /// Quantised panels as packed, few rows.
     QuantVector(Dtype),
     /// Quantised panels, expanded.
     QuantTile(Dtype),
+}
+
+/// State of the calling thread that a route needs; released when dropped.
+#[derive(Default)]
+pub(super) struct Prepared {
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<amx::Configured>,
 }
 
 /// Rows and panels that one call multiplies.
@@ -55,6 +65,13 @@ impl Route {
         match dtype {
             _ if dtype.is_plain() && rows <= MATVEC_ROWS => Self::Vector(dtype),
             #[cfg(target_arch = "x86_64")]
+            _ if isa.level() >= IsaLevel::Amx
+                && rows > MATVEC_ROWS
+                && !matches!(dtype, Dtype::F32 | Dtype::F16) =>
+            {
+                Self::Amx(dtype)
+            }
+            #[cfg(target_arch = "x86_64")]
             Dtype::BF16 if isa.level() >= IsaLevel::Avx512Bf16 => Self::Bf16,
             _ if dtype.is_plain() => Self::Tile(dtype),
             _ if rows <= MATVEC_ROWS => Self::QuantVector(dtype),
@@ -66,17 +83,20 @@ impl Route {
         match self {
             Self::Vector(_) | Self::Tile(_) => Form::F32,
             #[cfg(target_arch = "x86_64")]
-            Self::Bf16 => Form::Bf16,
+            Self::Bf16 | Self::Amx(_) => Form::Bf16,
             Self::QuantVector(_) | Self::QuantTile(_) => Form::Blocks,
         }
     }
     /// Most rows and panels per call.
     pub(super) fn shape(self, isa: Isa) -> (usize, usize) {
         match self {
-            Self::Vector(_) | Self::QuantVector(_) => (MATVEC_ROWS, 1),
+            Self::Vector(_) => (MATVEC_ROWS, dense_f32::matvec_panels(isa)),
+            Self::QuantVector(_) => (MATVEC_ROWS, 1),
             Self::Tile(_) => dense_f32::tile_shape(isa),
             #[cfg(target_arch = "x86_64")]
             Self::Bf16 => dense_bf16::SHAPE,
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => amx::SHAPE,
             Self::QuantTile(dtype) => quant::tile_shape(isa, dtype),
         }
     }
@@ -84,8 +104,18 @@ impl Route {
     pub(super) fn expanded_bytes(self, isa: Isa, cols: usize) -> usize {
         match self {
             Self::Tile(Dtype::F16 | Dtype::BF16) => padded(cols) * PANEL * size_of::<f32>(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(dtype) if dtype != Dtype::BF16 => padded(cols) * PANEL * size_of::<u16>(),
             Self::QuantTile(dtype) => quant::expanded_bytes(isa, dtype, cols),
             _ => 0,
+        }
+    }
+    /// What a thread holds while it runs calls of this route.
+    pub(super) fn prepare(self) -> Prepared {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => Prepared { tiles: Some(amx::Configured::new()) },
+            _ => Prepared::default(),
         }
     }
     /// Unpacks one panel into its scratch.
@@ -93,6 +123,8 @@ impl Route {
         let (cols, panel) = (weight.cols(), weight.panel(panel));
         match self {
             Self::Tile(dtype) => dense_f32::widen(isa, dtype, cols, panel, cast_mut(scratch)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(dtype) => quant::expand_bf16(isa, dtype, cols, panel, cast_mut(scratch)),
             Self::QuantTile(dtype) => quant::expand(isa, dtype, cols, panel, scratch),
             _ => unreachable!("{self:?} expands nothing"),
         }
@@ -100,6 +132,7 @@ impl Route {
     /// `tile[row][panel][16] = x · weightᵀ` over all columns. `expanded`: the scratch of these panels.
     pub(super) fn multiply(
         self,
+        prepared: &Prepared,
         isa: Isa,
         x: &Input,
         weight: &Packed,
@@ -111,17 +144,9 @@ impl Route {
         let cols = weight.cols();
         match self {
             Self::Vector(dtype) => {
+                let packed = weight.panels_at(panel, panels);
                 let (x, stride) = x.f32_rows();
-                dense_f32::matvec(
-                    isa,
-                    dtype,
-                    cols,
-                    weight.panel(panel),
-                    &x[row * stride..],
-                    stride,
-                    rows,
-                    tile,
-                );
+                dense_f32::matvec(isa, dtype, cols, packed, panels, &x[row * stride..], stride, rows, tile);
             }
             Self::Tile(dtype) => {
                 let packed = if dtype == Dtype::F32 { weight.panels_at(panel, panels) } else { expanded };
@@ -133,6 +158,13 @@ impl Route {
                 let packed = weight.panels_at(panel, panels);
                 let (x, stride) = x.bf16_rows();
                 dense_bf16::tile(isa, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(dtype) => {
+                let tiles = prepared.tiles.as_ref().expect("prepared for this route");
+                let packed = if dtype == Dtype::BF16 { weight.panels_at(panel, panels) } else { expanded };
+                let (x, stride) = x.bf16_rows();
+                amx::tile(tiles, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
             }
             Self::QuantVector(dtype) => {
                 quant::matvec(isa, dtype, cols, weight.panel(panel), x.blocks(), row, rows, tile);

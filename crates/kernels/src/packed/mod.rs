@@ -1,6 +1,10 @@
 //! Products of activations with weights that were repacked once at load: panels of 16 output features.
 //! Knows matrices, element types and threads; knows nothing of models and files.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod amx_model;
 mod buffer;
 mod dense;
 #[cfg(target_arch = "x86_64")]

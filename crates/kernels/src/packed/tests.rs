@@ -9,9 +9,16 @@ const SUM_ERROR: f64 = 1e-7;
 /// Relative error of one activation rounded to bfloat16, half a unit of the last of its 8 bits.
 const BF16_ERROR: f64 = 1.0 / 256.0;
 
+/// Every instruction set of this CPU, and AMX, modelled in software if need be.
+fn isas() -> Vec<Isa> {
+    let mut isas = Isa::available();
+    isas.extend(Isa::modelled_amx().filter(|amx| !isas.contains(amx)));
+    isas
+}
+
 /// Every instruction set with 1, 2 and 3 threads.
 fn execs() -> Vec<Exec> {
-    let all = Isa::available().into_iter().flat_map(|isa| [1, 2, 3].map(|threads| (isa, threads)));
+    let all = isas().into_iter().flat_map(|isa| [1, 2, 3].map(|threads| (isa, threads)));
     all.map(|(isa, threads)| Exec::with_isa(threads, isa).unwrap()).collect()
 }
 
