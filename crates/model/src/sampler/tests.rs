@@ -64,11 +64,21 @@ fn options() -> impl Strategy<Value = SamplerOptions> {
     )
 }
 
+/// Of every length up to a few blocks; smooth, with many ties, or with impossible tokens.
+fn logits() -> impl Strategy<Value = Vec<f32>> {
+    let smooth = prop::collection::vec(-20.0f32..20.0, 1..700);
+    let ties = prop::collection::vec((-8i8..8).prop_map(f32::from), 1..700);
+    let rare = prop_oneof![8 => -10.0f32..10.0, 1 => Just(f32::NEG_INFINITY), 1 => Just(0.0f32)];
+    let sparse = prop::collection::vec(rare, 1..300)
+        .prop_filter("one possible token", |logits| logits.iter().any(|l| l.is_finite()));
+    prop_oneof![smooth, ties, sparse]
+}
+
 proptest! {
     #[test]
     fn distribution_is_the_naive_one(
         options in options(),
-        logits in prop::collection::vec(-20.0f32..20.0, 1..700),
+        logits in logits(),
         seen in prop::collection::vec(0u32..800, 0..20),
     ) {
         let sampler = Sampler::new(options.clone()).unwrap();
@@ -121,6 +131,40 @@ fn frequencies_follow_probabilities() {
         // Five standard deviations.
         let slack = 5.0 * (DRAWS as f64 * p * (1.0 - p)).sqrt();
         assert!((count as f64 - DRAWS as f64 * p).abs() < slack, "{counts:?}");
+    }
+}
+
+#[test]
+fn buffers_carry_nothing_over() {
+    // Vocabularies and seen tokens change from call to call; only the generator's state may remain.
+    for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (5, 0.9, 0.1)] {
+        let options =
+            SamplerOptions { temperature: 0.8, top_k, top_p, min_p, repetition_penalty: 1.3, seed: 11 };
+        let mut used = Sampler::new(options.clone()).unwrap();
+        for (len, seen) in [(500usize, &[3u32, 3, 9][..]), (7, &[]), (65, &[64, 0]), (500, &[9])] {
+            let logits: Vec<f32> = (0..len).map(|i| ((i * 37) % 23) as f32 * 0.4).collect();
+            let fresh = Sampler { rng: used.rng.clone(), ..Sampler::new(options.clone()).unwrap() };
+            assert_eq!(
+                used.clone().distribution(&logits, seen).unwrap(),
+                fresh.distribution(&logits, seen).unwrap()
+            );
+            assert_eq!(used.sample(&logits, seen).unwrap(), fresh.clone().sample(&logits, seen).unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_cut_among_ties_keeps_the_lower_ids() {
+    let logits = vec![1.0f32; 200];
+    for (options, kept) in [
+        (SamplerOptions { top_k: 130, ..Default::default() }, 130),
+        (SamplerOptions { top_k: 2, ..Default::default() }, 2),
+        (SamplerOptions { top_p: 0.4999, ..Default::default() }, 100),
+        (SamplerOptions { min_p: 1.0, ..Default::default() }, 200),
+    ] {
+        let sampler = Sampler::new(SamplerOptions { temperature: 1.0, ..options }).unwrap();
+        let tokens: Vec<u32> = sampler.distribution(&logits, &[]).unwrap().iter().map(|c| c.0).collect();
+        assert_eq!(tokens, (0..kept).collect::<Vec<u32>>());
     }
 }
 
