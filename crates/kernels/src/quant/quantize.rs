@@ -35,11 +35,14 @@ fn quantize_block(dtype: Dtype, values: &[f32], out: &mut [u8]) {
     match dtype {
         Dtype::F32 | Dtype::F16 | Dtype::BF16 => unreachable!("plain types have no blocks"),
         Dtype::Q8_0 => {
-            let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            // Magnitudes compare as integers, which vectorises.
+            let largest = values.iter().fold(0, |m, v| m.max(v.to_bits() as i32 & 0x7fff_ffff));
+            let largest = f32::from_bits(largest as u32);
             let (d, inverse) = scale_f16(largest / 127.0);
             out[..2].copy_from_slice(&d);
             for (q, &v) in out[2..].iter_mut().zip(values) {
-                *q = (v * inverse).round().clamp(-127.0, 127.0) as i8 as u8;
+                // Nearest, halves away from zero.
+                *q = (v * inverse + 0.5f32.copysign(v)).clamp(-127.0, 127.0) as i32 as u8;
             }
         }
         Dtype::Q4_0 | Dtype::Q5_0 => {
