@@ -252,7 +252,8 @@ impl Call<'_> {
             for page in task.first..task.end {
                 let slab = store.slab(page, task.kv_head);
                 let keys = (store.len() - page * PAGE).min(PAGE);
-                dispatch!(self.isa, |s| rows.page::<_, F>(s, slab, page, keys));
+                let next = (page + 1 < task.end).then(|| store.slab(page + 1, task.kv_head));
+                dispatch!(self.isa, |s| rows.page::<_, F>(s, slab, next, page, keys));
             }
         }
     }

@@ -1,14 +1,24 @@
 //! A few query rows against a range of pages of one KV head: every stored value is loaded once for all rows. Bound by
 //! memory; ranges are merged afterwards.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "register tiles are indexed by row and panel; closures would lose the features"
+)]
+
 use super::format::{Format, MAX_STEP, even_half};
 use super::lanes::Lanes;
 use super::store::{Layout, PAGE, Slab, WIDE};
 
 /// Rows of a register tile.
 const TILE_ROWS: usize = 4;
-/// Bytes ahead of the loads that are asked for.
-const AHEAD: usize = 4096;
+/// Bytes ahead of the loads that are asked for, at least; whole panels of V.
+const AHEAD: usize = 8192;
+
+/// Panels of V that are asked for ahead.
+const fn panels_ahead<F: Format>() -> usize {
+    AHEAD.div_ceil(PAGE / 2 * F::BYTES)
+}
 
 /// The rows of one task and its partial softmax. All pointers are to buffers of the sizes given.
 #[derive(Clone, Copy)]
@@ -48,12 +58,19 @@ impl Rows {
         }
     }
 
-    /// Adds the keys of page `page`, of which `keys` are filled.
+    /// Adds the keys of page `page`, of which `keys` are filled; asks for the head of the slab that comes `next`.
     ///
     /// # Safety
     /// The buffers have the sizes given and are this task's alone; the slab has the layout's format `F`.
     #[inline(always)]
-    pub(super) unsafe fn page<S: Lanes, F: Format>(self, s: S, slab: Slab<'_>, page: usize, keys: usize) {
+    pub(super) unsafe fn page<S: Lanes, F: Format>(
+        self,
+        s: S,
+        slab: Slab<'_>,
+        next: Option<Slab<'_>>,
+        page: usize,
+        keys: usize,
+    ) {
         // SAFETY: the caller's contract; row tiles stay within `rows`.
         unsafe {
             let (head_dim, panels) = (self.layout.head_dim, self.layout.panels());
@@ -81,12 +98,18 @@ impl Rows {
                 let n = (self.rows - row).min(if S::MANY_REGISTERS { TILE_ROWS } else { TILE_ROWS - 1 });
                 let (p, acc) = (self.scores.add(row * PAGE), self.acc.add(row * panels * WIDE));
                 for panel in 0..panels {
-                    let v = slab.v[panel * (PAGE / 2) * F::BYTES..].as_ptr();
+                    let size = PAGE / 2 * F::BYTES;
+                    let v = slab.v[panel * size..].as_ptr();
+                    let ahead = match panel + panels_ahead::<F>() {
+                        soon if soon < panels => slab.v[soon * size..].as_ptr(),
+                        later => next.map_or(v, |next| next.k.as_ptr().wrapping_add((later - panels) * size)),
+                    };
                     let acc = acc.add(panel * WIDE);
-                    mix_rows::<S, F>(s, n, v, steps, p, acc, panels * WIDE);
+                    mix_rows::<S, F>(s, n, (v, ahead), steps, p, acc, panels * WIDE);
                     if keys % 2 == 1 {
                         even_half::<F>(v.add(steps * F::BYTES), &mut tail.0);
-                        mix_rows::<S, F>(s, n, tail.0.as_ptr(), 1, p.add(2 * steps), acc, panels * WIDE);
+                        let tail = tail.0.as_ptr();
+                        mix_rows::<S, F>(s, n, (tail, tail), 1, p.add(2 * steps), acc, panels * WIDE);
                     }
                 }
                 row += n;
@@ -218,7 +241,7 @@ unsafe fn score_blocks<S: Lanes, F: Format, const R: usize, const B: usize>(
             let mut x = [[zero; 2]; B];
             for b in 0..B {
                 let line = k.add((b * steps + step) * F::BYTES);
-                s.prefetch(line.wrapping_add(AHEAD));
+                s.prefetch(line.wrapping_add(panels_ahead::<F>() * (PAGE / 2) * F::BYTES));
                 x[b] = F::load(s, line);
             }
             for r in 0..R {
@@ -245,7 +268,7 @@ unsafe fn score_blocks<S: Lanes, F: Format, const R: usize, const B: usize>(
 unsafe fn mix_rows<S: Lanes, F: Format>(
     s: S,
     n: usize,
-    v: *const u8,
+    v: (*const u8, *const u8),
     steps: usize,
     p: *const f32,
     acc: *mut f32,
@@ -262,7 +285,7 @@ unsafe fn mix_rows<S: Lanes, F: Format>(
     }
 }
 
-/// `acc[row] += Σ p[row, key] v[key]` for `R` rows and the 16 dims of a panel.
+/// `acc[row] += Σ p[row, key] v[key]` for `R` rows and the 16 dims of a panel; asks for as many lines at `ahead`.
 ///
 /// # Safety
 /// `v` holds `steps` steps of format `F`; `p` is `[R, ≥ 2 · steps]` with stride 256, `acc` has rows of 16 values `stride`
@@ -270,7 +293,7 @@ unsafe fn mix_rows<S: Lanes, F: Format>(
 #[inline(always)]
 unsafe fn mix<S: Lanes, F: Format, const R: usize>(
     s: S,
-    v: *const u8,
+    (v, ahead): (*const u8, *const u8),
     steps: usize,
     p: *const f32,
     acc: *mut f32,
@@ -285,8 +308,8 @@ unsafe fn mix<S: Lanes, F: Format, const R: usize>(
             // Two chains per row hide the latency.
             while step + 2 <= steps {
                 let line = v.add(step * F::BYTES);
-                s.prefetch(line.wrapping_add(AHEAD));
-                s.prefetch(line.wrapping_add(AHEAD + F::BYTES));
+                s.prefetch(ahead.wrapping_add(step * F::BYTES));
+                s.prefetch(ahead.wrapping_add((step + 1) * F::BYTES));
                 let (x, y) = (F::load(s, line), F::load(s, line.add(F::BYTES)));
                 for r in 0..R {
                     let c = F::coefficients(s, p.add(r * PAGE + 2 * step));

@@ -1,6 +1,11 @@
 //! The multiply-add of the prefill tiles: `f32` lanes anywhere, bfloat16 pairs where the CPU has them. A line is 64 bytes:
 //! sixteen outputs of one reduction index, or of a pair of them; a coefficient is 4 bytes.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "register tiles are indexed by row and panel; closures would lose the features"
+)]
+
 use super::format::Format;
 use super::lanes::Lanes;
 
@@ -175,6 +180,7 @@ mod x86 {
     use crate::simd::Avx512;
 
     /// 2^r on |r| ≤ 1/2, constant first, exact at 0; relative minimax error 2.8e-6, far below bfloat16's rounding.
+    #[allow(clippy::approx_constant, reason = "a minimax coefficient near ln 2, not ln 2")]
     const EXP2: [f32; 5] = [1.0, 0.693_124_2, 0.240_241, 0.055_906_426, 0.009_582_853];
 
     /// Proof of AVX-512 with BF16: products of bfloat16 pairs summed in `f32`.

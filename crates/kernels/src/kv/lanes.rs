@@ -1,8 +1,14 @@
 //! Sixteen `f32` lanes on every instruction set: the vocabulary of the attention loops.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "register tiles are indexed by row and panel; closures would lose the features"
+)]
+
 use crate::simd::{Portable, Simd};
 
 /// 2^r on |r| ≤ 1/2, constant first, exact at 0; relative minimax error 9.2e-8.
+#[allow(clippy::approx_constant, reason = "a minimax coefficient near ln 2, not ln 2")]
 const EXP2: [f32; 6] = [1.0, 0.693_147, 0.240_222_43, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
 /// Exponents from here on give a normal power of two.
 const LOWEST: f32 = -126.0;

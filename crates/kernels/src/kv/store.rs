@@ -287,7 +287,7 @@ impl KvStore {
             let (v, scales) = rest.split_at_mut(scales_at - v_at);
             for key in used..PAGE {
                 for d in 0..layout.panels() * WIDE {
-                    let mut set = |bytes: &mut [u8], i: usize| match layout.kind {
+                    let set = |bytes: &mut [u8], i: usize| match layout.kind {
                         KvType::F32 => values_mut::<f32>(bytes)[i] = f32::NAN,
                         KvType::F16 | KvType::Bf16 => values_mut::<u16>(bytes)[i] = 0x7fff,
                         KvType::Q8 => values_mut::<i8>(bytes)[i] = i8::MIN,
