@@ -3,8 +3,10 @@
 use crate::{ModelConfig, Tokenizer, gguf, safetensors};
 use std::path::Path;
 
-/// Largest tokenizer a fuzzed GGUF file may ask for: building one takes time in its size, which is not a fault.
+/// Largest tokenizer a fuzzed GGUF file may ask for, in tokens and in bytes of `tokenizer.json`: building one takes time in
+/// its size, which is not a fault.
 const MAX_TOKENS: usize = 4096;
+const MAX_TOKENIZER_JSON: usize = 1 << 16;
 
 /// Parses `bytes` as a safetensors file.
 pub fn safetensors(bytes: &[u8]) {
@@ -24,7 +26,9 @@ pub fn gguf(bytes: &[u8]) {
         config_value(source.config_json());
     }
     let tokens = header.metadata.get("tokenizer.ggml.tokens").and_then(|v| v.as_array().map(<[_]>::len));
-    if tokens.is_some_and(|n| n <= MAX_TOKENS)
+    let own = header.metadata.get(gguf::own::TOKENIZER_KEY).and_then(|v| v.as_str().map(str::len));
+    if tokens.is_none_or(|n| n <= MAX_TOKENS)
+        && own.is_none_or(|n| n <= MAX_TOKENIZER_JSON)
         && let Ok(tokenizer) = Tokenizer::from_gguf(&header.metadata)
         && let Ok(ids) = tokenizer.encode("Hi 12 é <|end|>", true)
     {

@@ -2,7 +2,7 @@
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use recurformer_weights::hostile;
+use recurformer_weights::{gguf, hostile};
 use std::path::Path;
 
 const MUTATIONS: usize = 3000;
@@ -45,6 +45,50 @@ fn mutated_safetensors() {
     hostile::safetensors(&good);
     let mut rng = StdRng::seed_from_u64(1);
     (0..MUTATIONS).for_each(|_| hostile::safetensors(&mutate(&good, 1200, &mut rng)));
+}
+
+/// A hybrid's file: its configuration, plan and tokenizer are JSON in the metadata.
+fn hybrid() -> Vec<u8> {
+    let mut metadata = gguf::MetadataBuilder::default();
+    metadata.text("general.architecture", "recurformer");
+    metadata.u32("recurformer.version", 1);
+    metadata.text(
+        "recurformer.config",
+        r#"{"model_type": "llama", "vocab_size": 3, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": true}"#,
+    );
+    metadata
+        .text("recurformer.head_plan", r#"{"version": 1, "layers": [{"groups": [{"mixer": "recurrent"}]}]}"#);
+    metadata.text(
+        "recurformer.tokenizer",
+        r#"{"version": "1.0", "added_tokens": [{"id": 2, "content": "<|end|>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true}], "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": {"H": 0, "i": 1, "<|end|>": 2}, "merges": []}}"#,
+    );
+    metadata.text(
+        "recurformer.tokenizer_config",
+        r#"{"chat_template": "{{ messages }}", "eos_token": "<|end|>"}"#,
+    );
+    let tensor = gguf::GgufOut {
+        name: "model.embed_tokens.weight".to_string(),
+        shape: vec![3, 4],
+        dtype: recurformer_weights::Dtype::F16,
+    };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("hybrid.gguf");
+    let mut writer = gguf::GgufWriter::create(&path, &metadata, vec![tensor]).expect("a valid file");
+    writer.append("model.embed_tokens.weight", &[0; 24]).expect("zeros are finite");
+    writer.finish().expect("all tensors are written");
+    std::fs::read(&path).expect("just written")
+}
+
+#[test]
+fn mutated_hybrids() {
+    let good = hybrid();
+    hostile::gguf(&good);
+    let mut rng = StdRng::seed_from_u64(5);
+    (0..MUTATIONS).for_each(|_| hostile::gguf(&mutate(&good, good.len(), &mut rng)));
 }
 
 #[test]
