@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from goldens_common import ROOT, save_json, sha256, versions  # noqa: E402
 
 # In order: later ones read what earlier ones wrote. Every module has `make(root)`.
-MAKERS = ["goldens_kernels", "goldens_models", "goldens_mixers", "goldens_training"]
+MAKERS = ["goldens_kernels", "goldens_quants", "goldens_models", "goldens_mixers", "goldens_training"]
 MANIFEST = ROOT / "testdata/manifest.json"
 LIMIT_PER_CRATE = 1_000_000  # bytes
 
