@@ -8,6 +8,7 @@ mod dot;
 mod format;
 mod lanes;
 mod prefill;
+mod rounding;
 mod store;
 #[cfg(test)]
 mod tests;

@@ -265,7 +265,8 @@ fn stored_values_are_the_nearest() {
 fn roundings_agree_with_the_reference_library() {
     for bits in (0..=u32::MAX).step_by(7919).chain([0x387f_f000, 0x3880_0000, 0x3300_0000, 0x3300_0001]) {
         let x = f32::from_bits(bits);
-        let (f16, bf16) = (half::f16::from_bits(store::to_f16(x)), half::bf16::from_bits(store::to_bf16(x)));
+        let (f16, bf16) =
+            (half::f16::from_bits(rounding::to_f16(x)), half::bf16::from_bits(rounding::to_bf16(x)));
         if x.is_nan() {
             assert!(f16.is_nan() && bf16.is_nan(), "{bits:x}");
             continue;
