@@ -58,6 +58,33 @@ pub fn short_conv(
     }
 }
 
+/// `weight` `[channels, d_conv]` as [`short_conv_step`] reads it, `[d_conv, channels]`.
+pub fn short_conv_taps(weight: &[f32], channels: usize) -> Vec<f32> {
+    transposed(weight, channels, weight.len().checked_div(channels).unwrap_or(0))
+}
+
+/// [`short_conv`] without bias of one token, `taps` from [`short_conv_taps`]; on the calling thread, allocates nothing. Panics when a length does not
+/// fit.
+pub fn short_conv_step(exec: &Exec, x: &[f32], taps: &[f32], tail: &mut [f32], out: &mut [f32]) {
+    let channels = x.len();
+    check_len("out", out.len(), channels);
+    check_len("taps", taps.len(), tail.len() + channels);
+    dispatch!(exec.isa(), |s| {
+        let (before, current) = taps.split_at(tail.len());
+        for ((out, x), tap) in out.iter_mut().zip(x).zip(current) {
+            *out = x * tap;
+        }
+        for (tap, row) in before.chunks_exact(channels.max(1)).zip(tail.chunks_exact(channels.max(1))) {
+            add_product(s, tap, row, out);
+        }
+    });
+    if !tail.is_empty() {
+        tail.copy_within(channels.., 0);
+        let last = tail.len() - channels;
+        tail[last..].copy_from_slice(x);
+    }
+}
+
 /// Gradient of [`short_conv`] started from a zero tail; adds to `dx`, `dweight`, `dbias`.
 ///
 /// Panics when a length does not fit.

@@ -183,6 +183,17 @@ fn l2_norm_dx<S: Simd>(s: S, x: &[f32], dim: usize, eps: f32, dout: &[f32], dx: 
     }
 }
 
+/// [`sigmoid`] of every value, in parallel.
+pub fn sigmoid_in_place(exec: &Exec, x: &mut [f32]) {
+    exec.parallel_chunks(x, TASK, |_, x| {
+        dispatch!(exec.isa(), |s| {
+            for x in x.iter_mut() {
+                *x = simd::sigmoid(s, *x);
+            }
+        });
+    });
+}
+
 /// SwiGLU: `out = silu(gate) · up`, `silu(z) = z · sigmoid(z)`. All of the same length. Source: arXiv 2002.05202.
 pub fn swiglu(exec: &Exec, gate: &[f32], up: &[f32], out: &mut [f32]) {
     assert!(gate.len() == up.len() && gate.len() == out.len(), "swiglu: gate, up and out");

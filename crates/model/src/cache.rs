@@ -39,7 +39,7 @@ impl CacheShape {
     /// Bytes that do not grow.
     pub fn constant_bytes(&self) -> usize {
         let converted = self.converted.iter().flatten().filter(|c| **c).count();
-        self.layout.as_ref().map_or(0, |layout| converted * layout.cache_bytes())
+        self.layout.as_ref().map_or(0, |layout| converted * layout.cache_bytes(self.kv_type))
     }
 }
 
@@ -72,7 +72,7 @@ impl Cache {
                 },
                 heads: groups
                     .iter()
-                    .map(|&c| if c { shape.layout.as_ref().map(HeadLayout::new_cache) } else { None })
+                    .map(|&c| if c { shape.layout.map(|l| l.new_cache_beside(shape.kv_type)) } else { None })
                     .collect(),
             })
             .collect();

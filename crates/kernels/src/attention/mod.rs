@@ -6,6 +6,9 @@ mod forward;
 mod mask;
 #[cfg(test)]
 mod tests;
+mod window;
+
+pub use window::window_step;
 
 use crate::{Exec, MatMut, MatRef};
 

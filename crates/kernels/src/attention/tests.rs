@@ -279,3 +279,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_window_step_is_attention_to_every_key() {
+    for isa in Isa::available() {
+        let exec = Exec::with_isa(1, isa).unwrap();
+        for (heads, head_dim, keys) in [(1, 2, 1), (3, 64, 65), (4, 24, 17), (2, 80, 200)] {
+            let q = testing::values(heads * head_dim, 1);
+            let (k, v) = (testing::values(keys * head_dim, 2), testing::values(keys * head_dim, 3));
+            let shape = AttnShape { q_heads: heads, kv_heads: 1, head_dim, scale: 0.3 };
+            let mut expected = vec![f32::NAN; heads * head_dim];
+            attention(
+                &exec,
+                shape,
+                AttnMask::Causal { q_pos0: keys - 1 },
+                MatRef::dense(&q, 1, heads * head_dim),
+                MatRef::dense(&k, keys, head_dim),
+                MatRef::dense(&v, keys, head_dim),
+                MatMut::dense(&mut expected, 1, heads * head_dim),
+                None,
+            );
+            let (mut out, mut scores) = (vec![f32::NAN; heads * head_dim], Vec::new());
+            window_step(&exec, 0.3, &q, &k, &v, head_dim, &mut scores, &mut out);
+            for (found, expected) in out.iter().zip(&expected) {
+                assert!((found - expected).abs() < 2e-6, "{isa}: {found} {expected}");
+            }
+        }
+    }
+}

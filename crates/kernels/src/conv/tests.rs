@@ -123,3 +123,25 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn steps_are_the_convolution() {
+    for isa in Isa::available() {
+        let exec = Exec::with_isa(1, isa).unwrap();
+        for (channels, d_conv, seq) in [(1, 1, 5), (3, 4, 9), (64, 4, 7), (192, 2, 3)] {
+            let (x, weight) = (values(seq * channels, 1), values(channels * d_conv, 2));
+            let mut tail = values((d_conv - 1) * channels, 3);
+            let (mut step_tail, mut expected) = (tail.clone(), vec![f32::NAN; x.len()]);
+            short_conv(&exec, &x, &weight, None, channels, &mut tail, &mut expected);
+            let taps = short_conv_taps(&weight, channels);
+            for (x, expected) in x.chunks(channels).zip(expected.chunks(channels)) {
+                let mut out = vec![f32::NAN; channels];
+                short_conv_step(&exec, x, &taps, &mut step_tail, &mut out);
+                for (found, expected) in out.iter().zip(expected) {
+                    assert!((found - expected).abs() < 1e-6, "{isa}: {found} {expected}");
+                }
+            }
+            assert_eq!(step_tail, tail);
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::layer::{Block, ConvertedGroup, Kept, Layer, Segment};
 use crate::error::{ModelError, Result};
-use crate::mixers::{HeadLayout, ProjectionSource};
+use crate::mixers::{HeadLayout, HeadView, ProjectionSource, StepWeights};
 use crate::model::head_tensor_name;
 use crate::plan::HeadPlan;
 use kernels::Exec;
@@ -148,10 +148,13 @@ impl Builder<'_> {
             .into_iter()
             .map(|group| {
                 let layout = self.head.expect("a converted group has a layout");
+                let tensors = self.small_tensors(l, group, &layout)?;
+                let view = HeadView { values: tensors.iter().map(Vec::as_slice).collect() };
                 Ok(ConvertedGroup {
                     group,
                     blocks: layout.projections().iter().map(|_| next()).collect(),
-                    tensors: self.small_tensors(l, group, &layout)?,
+                    step: StepWeights::new(layout, &view),
+                    tensors,
                 })
             })
             .collect::<Result<_>>()?;

@@ -2,7 +2,11 @@
 
 use super::workspace::Workspace;
 use crate::cache::LayerCache;
-use crate::mixers::{self, BaseGroup, HeadEnv, HeadInputs, HeadLayout, HeadView};
+use crate::mixers::{
+    self, BaseGroup, HeadCache, HeadEnv, HeadInputs, HeadLayout, HeadView, StepInputs, StepScratch,
+    StepWeights,
+};
+use crate::plan::RecurrentKind;
 use kernels::kv::AttendJob;
 use kernels::packed::{Packed, Product, matmul, matmul_swiglu};
 use kernels::{Exec, MatMut, MatRef, Store, elementwise};
@@ -43,6 +47,8 @@ pub(super) struct ConvertedGroup {
     pub blocks: Vec<Block>,
     /// In the order of [`HeadLayout::tensors`]; projections of the layer input are empty.
     pub tensors: Vec<Vec<f32>>,
+    /// Of single tokens, where the mixer has such a form.
+    pub step: Option<StepWeights>,
 }
 
 #[derive(Debug)]
@@ -162,14 +168,27 @@ impl Layer {
         let Some(layout) = pass.head.filter(|_| !self.converted.is_empty()) else { return };
         let Pass { exec, config, seq, .. } = *pass;
         let (width, per_group) = (config.heads * config.head_dim, layout.d_inner());
+        self.rotate_windows(pass, &layout, ws);
+        if seq == 1 && self.converted.iter().all(|group| group.step.is_some()) {
+            return self.step(pass, &layout, ws, memories);
+        }
+        let rotated_width = layout.rotated_width();
+        let stride = self.converted.len() * rotated_width;
         let mut jobs = Vec::with_capacity(self.converted.len() * memories.len());
         for (s, memory) in memories.iter_mut().enumerate() {
             let caches = memory.heads.iter_mut().flatten();
-            jobs.extend(self.converted.iter().zip(caches).map(|(group, cache)| (group, s, cache)));
+            let groups = self.converted.iter().enumerate();
+            jobs.extend(groups.zip(caches).map(|((i, group), cache)| (i, group, s, cache)));
         }
         let inner = if jobs.len() == 1 { exec.clone() } else { exec.single() };
-        let outputs = exec.parallel_map_items(jobs, |_, (group, s, cache)| {
-            let inputs = HeadInputs::from_projections(&layout, |i| self.columns(group.blocks[i], s, seq, ws));
+        let outputs = exec.parallel_map_items(jobs, |_, (i, group, s, cache)| {
+            let mut inputs =
+                HeadInputs::from_projections(&layout, |b| self.columns(group.blocks[b], s, seq, ws));
+            if rotated_width > 0 {
+                let rows = &ws.rotated[s * seq * stride..(s + 1) * seq * stride];
+                let columns = |start, width| dense(rows, stride, i * rotated_width + start, width);
+                inputs = inputs.with_rotated(columns(0, per_group), columns(per_group, config.head_dim));
+            }
             let env = HeadEnv {
                 layout,
                 weights: HeadView { values: group.tensors.iter().map(Vec::as_slice).collect() },
@@ -189,15 +208,97 @@ impl Layer {
         }
     }
 
+    /// Queries and keys of all windows after norm and RoPE into `ws.rotated`, one group after another in every row.
+    fn rotate_windows(&self, pass: &Pass<'_>, layout: &HeadLayout, ws: &mut Workspace) {
+        let (width, per_group) = (layout.rotated_width(), layout.d_inner());
+        if width == 0 {
+            return;
+        }
+        let Pass { exec, config, .. } = *pass;
+        let (rows, stride) = (ws.positions.len(), self.converted.len() * width);
+        ws.rotated.resize(rows * stride, 0.0);
+        for (i, group) in self.converted.iter().enumerate() {
+            let [.., q, k, _] = group.blocks[..] else { panic!("a window has queries, keys and values") };
+            for (block, start) in [(q, i * width), (k, i * width + per_group)] {
+                let source = self.segments[block.segment].weight.rows();
+                let from = ws.projected[block.segment].chunks_exact(source);
+                for (to, from) in ws.rotated.chunks_exact_mut(stride).zip(from) {
+                    to[start..start + block.width].copy_from_slice(&from[block.column..][..block.width]);
+                }
+            }
+            for (norm, start, columns) in
+                [(&self.q_norm, i * width, per_group), (&self.k_norm, i * width + per_group, config.head_dim)]
+            {
+                if let Some(norm) = norm {
+                    let values = &mut ws.rotated[start..];
+                    norm_heads(exec, values, (rows, columns, stride), norm, config.rms_eps, &mut ws.normed);
+                }
+            }
+        }
+        ws.rope.rotate(exec, MatMut::dense(&mut ws.rotated, rows, stride), config.head_dim);
+    }
+
+    /// One token of every sequence through the converted groups.
+    fn step(
+        &self,
+        pass: &Pass<'_>,
+        layout: &HeadLayout,
+        ws: &mut Workspace,
+        memories: &mut [&mut LayerCache],
+    ) {
+        let Pass { exec, config, .. } = *pass;
+        let (width, per_group) = (config.heads * config.head_dim, layout.d_inner());
+        let count = self.converted.len() * memories.len();
+        ws.steps.resize_with(count.max(ws.steps.len()), StepScratch::default);
+        let mut jobs = Vec::with_capacity(count);
+        let mut scratches = ws.steps.iter_mut();
+        for (s, (memory, row)) in memories.iter_mut().zip(ws.heads.chunks_exact_mut(width)).enumerate() {
+            let mut caches = memory.heads.iter_mut().flatten();
+            for (group, out) in row.chunks_exact_mut(per_group).enumerate() {
+                let Some(i) = self.converted.iter().position(|c| c.group == group) else { continue };
+                let cache = caches.next().expect("a cache for every converted group");
+                let scratch = scratches.next().expect("a buffer for every job");
+                jobs.push(StepJob { i, s, cache, scratch, out });
+            }
+        }
+        let (projected, rotated) = (&ws.projected, &ws.rotated);
+        let (rotated_width, recurrent) =
+            (layout.rotated_width(), layout.spec.recurrent != RecurrentKind::None);
+        let single = exec.single();
+        exec.parallel_items(jobs, |_, StepJob { i, s, cache, scratch, out }| {
+            let group = &self.converted[i];
+            let block = |b: usize| {
+                let Block { segment, column, width } = group.blocks[b];
+                let stride = self.segments[segment].weight.rows();
+                &projected[segment][s * stride + column..][..width]
+            };
+            let last = group.blocks.len();
+            let at = (s * self.converted.len() + i) * rotated_width;
+            let (rotated_q, rotated_k) = match rotated_width {
+                0 => (&[][..], &[][..]),
+                n => rotated[at..at + n].split_at(per_group),
+            };
+            let rate = |b| if recurrent { block(b) } else { &[] };
+            let inputs = StepInputs {
+                gate: rate(0),
+                dt: rate(1),
+                input: rate(2),
+                q: block(last - 3),
+                k: block(last - 2),
+                v: block(last - 1),
+                rotated_q,
+                rotated_k,
+            };
+            let step = group.step.as_ref().expect("checked by the caller");
+            step.step(&single, inputs, cache, scratch, out);
+        });
+    }
+
     /// A block of sequence `s`, dense `[seq, width]`.
     fn columns(&self, block: Block, s: usize, seq: usize, ws: &Workspace) -> Vec<f32> {
         let stride = self.segments[block.segment].weight.rows();
-        let rows = ws.projected[block.segment][s * seq * stride..(s + 1) * seq * stride].chunks_exact(stride);
-        let mut values = Vec::with_capacity(seq * block.width);
-        for row in rows {
-            values.extend_from_slice(&row[block.column..block.column + block.width]);
-        }
-        values
+        let rows = &ws.projected[block.segment][s * seq * stride..(s + 1) * seq * stride];
+        dense(rows, stride, block.column, block.width)
     }
 
     /// What a head reads of the base besides projections: the norms.
@@ -214,6 +315,26 @@ impl Layer {
             norm_eps: config.rms_eps,
         }
     }
+}
+
+/// One token of one group of one sequence.
+struct StepJob<'a> {
+    /// Index among the layer's converted groups.
+    i: usize,
+    /// Sequence.
+    s: usize,
+    cache: &'a mut HeadCache,
+    scratch: &'a mut StepScratch,
+    out: &'a mut [f32],
+}
+
+/// Columns `start..start + width` of rows of `stride` values.
+fn dense(rows: &[f32], stride: usize, start: usize, width: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(rows.len() / stride * width);
+    for row in rows.chunks_exact(stride) {
+        values.extend_from_slice(&row[start..start + width]);
+    }
+    values
 }
 
 /// Adds `input · weightᵀ` to the residual stream.

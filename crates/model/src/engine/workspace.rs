@@ -1,5 +1,6 @@
 //! Buffers of a pass, allocated once and reused: nothing is allocated per token.
 
+use crate::mixers::StepScratch;
 use kernels::kv::AttendScratch;
 use kernels::packed::Input;
 use kernels::rope::RopeTable;
@@ -16,6 +17,10 @@ pub(super) struct Workspace {
     pub heads: Vec<f32>,
     /// `silu(gate) · up`, `[rows, d_ff]`.
     pub active: Vec<f32>,
+    /// Rotated queries and keys of windows, `[rows, converted · (group_size + 1) · head_dim]`.
+    pub rotated: Vec<f32>,
+    /// Of steps of converted groups.
+    pub steps: Vec<StepScratch>,
     /// Of norms of queries and keys.
     pub normed: [Vec<f32>; 2],
     /// Position of every row.
@@ -33,6 +38,8 @@ impl Workspace {
             projected: Vec::new(),
             heads: Vec::new(),
             active: Vec::new(),
+            rotated: Vec::new(),
+            steps: Vec::new(),
             normed: Default::default(),
             positions: Vec::new(),
             rope: RopeTable::new(inv_freq),

@@ -37,6 +37,8 @@ pub struct ProjectionInfo {
 pub struct HeadInputs {
     /// What the local branch and a q/k/v recurrence read.
     pub(super) qkv: Option<Qkv>,
+    /// Queries and keys after norm and RoPE, where the caller made them.
+    pub(super) rotated: Option<(Vec<f32>, Vec<f32>)>,
     pub(super) recurrent: RecurrentInputs,
 }
 
@@ -113,7 +115,12 @@ impl HeadInputs {
         };
         let has_qkv = layout.has_local() || matches!(recurrent, RecurrentInputs::Qkv { .. });
         let qkv = has_qkv.then(|| Qkv { q: next(), k: next(), v: next() });
-        Self { qkv, recurrent }
+        Self { qkv, rotated: None, recurrent }
+    }
+
+    /// Queries `[T, G·D]` and keys `[T, D]` of the local branch, after norm and RoPE.
+    pub fn with_rotated(self, q: Vec<f32>, k: Vec<f32>) -> Self {
+        Self { rotated: Some((q, k)), ..self }
     }
 
     /// Projects `ctx.x` with the group's own f32 tensors.
@@ -134,6 +141,6 @@ impl HeadInputs {
                 input: Linear::new(w.input, Some(w.input_bias)).forward(ctx, x, decays),
             },
         };
-        Self { qkv: ctx.shared_projections(weights).map(|p| p.forward(ctx)), recurrent }
+        Self { qkv: ctx.shared_projections(weights).map(|p| p.forward(ctx)), rotated: None, recurrent }
     }
 }

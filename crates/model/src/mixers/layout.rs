@@ -2,6 +2,7 @@
 
 use super::{HeadCache, HeadDims, HeadLayout, HeadTensorInfo, HeadTensors, TensorClass};
 use crate::plan::{MixerSpec, RecurrentKind};
+use kernels::kv::KvType;
 use weights::ModelConfig;
 
 impl HeadLayout {
@@ -30,16 +31,27 @@ impl HeadLayout {
         HeadTensors { values: self.tensors().iter().map(|t| vec![0.0; t.shape.iter().product()]).collect() }
     }
 
-    /// An empty cache for one sequence.
+    /// An empty f32 cache for one sequence.
     pub fn new_cache(&self) -> HeadCache {
-        HeadCache::new(self)
+        HeadCache::new(self, KvType::F32)
     }
 
-    /// Constant cache bytes of one group: f32 conv tails, state, and ring of keys and values.
-    pub fn cache_bytes(&self) -> usize {
-        let HeadDims { head_dim, .. } = self.dims;
+    /// An empty cache beside an attention cache of this type.
+    pub fn new_cache_beside(&self, kv_type: KvType) -> HeadCache {
+        HeadCache::new(self, kv_type)
+    }
+
+    /// Constant cache bytes of one group beside an attention cache of this type: f32 conv tails and state, and ring of keys and values.
+    pub fn cache_bytes(&self, kv_type: KvType) -> usize {
         let tails: usize = self.tail_lens().iter().sum();
-        (tails + self.state_len() + 2 * self.ring_entries() * head_dim) * size_of::<f32>()
+        let ring = 2 * self.ring_entries() * self.dims.head_dim;
+        let per_value = if kv_type == KvType::F32 { 4 } else { 2 };
+        (tails + self.state_len()) * size_of::<f32>() + ring * per_value
+    }
+
+    /// Values per token that a window needs rotated, queries and keys; 0 without a window.
+    pub fn rotated_width(&self) -> usize {
+        if self.has_local() { self.d_inner() + self.dims.head_dim } else { 0 }
     }
 
     /// Width of the group's output and of a Mamba block, `G·D`.

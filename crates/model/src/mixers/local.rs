@@ -15,24 +15,30 @@ pub(super) struct LocalSaved {
     lse: Vec<f32>,
 }
 
-/// Overwrites `out` with the attention of a chunk that continues the `seen` tokens of `ring`, and updates `ring`.
-pub(super) fn forward(ctx: &Ctx<'_>, raw: &Qkv, ring: &mut Ring, seen: usize, out: MatMut<'_>) {
+/// Overwrites `out` with the attention of a chunk that continues the `seen` tokens of `ring`, and updates `ring`; queries and keys are rotated.
+pub(super) fn forward(
+    ctx: &Ctx<'_>,
+    (q, k): &(Vec<f32>, Vec<f32>),
+    v: &[f32],
+    ring: &mut Ring,
+    seen: usize,
+    out: MatMut<'_>,
+) {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
     let seq = ctx.seq;
-    let (q, k) = rotated(ctx, raw, seen);
-    let (keys, values) = ring.followed_by(seen, &k, &raw.v);
+    let (keys, values) = ring.followed_by(seen, k, v);
     let kv_pos: Vec<usize> = ring.positions(seen).chain(seen..seen + seq).collect();
     attention(
         ctx.exec,
         shape(ctx),
         mask(ctx, seen, &kv_pos),
-        MatRef::dense(&q, seq, q_heads * head_dim),
+        MatRef::dense(q, seq, q_heads * head_dim),
         MatRef::dense(&keys, kv_pos.len(), head_dim),
         MatRef::dense(&values, kv_pos.len(), head_dim),
         out,
         None,
     );
-    ring.push(seen, &k, &raw.v);
+    ring.push(seen, k, v);
 }
 
 /// [`forward`] of a whole sequence, keeping what [`backward`] needs.
@@ -110,7 +116,7 @@ fn norm_backward(
 }
 
 /// Queries and keys after the base's norms and RoPE, the first row at position `pos0`.
-fn rotated(ctx: &Ctx<'_>, raw: &Qkv, pos0: usize) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn rotated(ctx: &Ctx<'_>, raw: &Qkv, pos0: usize) -> (Vec<f32>, Vec<f32>) {
     let base = &ctx.env.base;
     let one = |raw: &[f32], norm: Option<&[f32]>| {
         let mut rotated = match norm {

@@ -163,9 +163,9 @@ fn convolve(ctx: &Ctx<'_>, w: &MambaTensors<&[f32]>, u: &[f32], tail: &mut [f32]
 
 /// SiLU in place.
 fn activate(ctx: &Ctx<'_>, x: &mut [f32]) {
-    ctx.exec.parallel_chunks(x, ROWS_PER_TASK * ctx.env.layout.d_inner(), |_, x| {
-        x.iter_mut().for_each(|x| *x *= elementwise::sigmoid(*x));
-    });
+    let mut gate = x.to_vec();
+    elementwise::sigmoid_in_place(ctx.exec, &mut gate);
+    x.iter_mut().zip(&gate).for_each(|(x, gate)| *x *= gate);
 }
 
 fn select(ctx: &Ctx<'_>, w: &MambaTensors<&[f32]>, active: &[f32]) -> Selection {

@@ -2,9 +2,13 @@
 //! Knows positions and slots, nothing of what is stored.
 
 use super::HeadLayout;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use kernels::kv::KvType;
+use std::ops::Range;
 
-/// Constant memory of one converted group in one sequence: conv tails, recurrent state (f32), ring of `window + sinks` keys (after RoPE)
-/// and values, and the number of tokens seen.
+/// Constant memory of one converted group in one sequence: conv tails and recurrent state (f32), ring of `window + sinks` keys (after RoPE)
+/// and values (f32, or f16 beside any smaller attention cache), and the number of tokens seen.
 #[derive(Clone, Debug)]
 pub struct HeadCache {
     pub(super) seen: usize,
@@ -15,12 +19,12 @@ pub struct HeadCache {
 }
 
 impl HeadCache {
-    pub(super) fn new(layout: &HeadLayout) -> Self {
+    pub(super) fn new(layout: &HeadLayout, kv_type: KvType) -> Self {
         Self {
             seen: 0,
             tails: layout.tail_lens().into_iter().map(|n| vec![0.0; n]).collect(),
             state: vec![0.0; layout.state_len()],
-            ring: Ring::new(layout.spec.window, layout.spec.sinks, layout.dims.head_dim),
+            ring: Ring::new(layout.spec.window, layout.spec.sinks, layout.dims.head_dim, kv_type),
         }
     }
     /// Tokens seen.
@@ -34,7 +38,7 @@ impl HeadCache {
     /// Bytes held, the same at any length; equal to [`HeadLayout::cache_bytes`].
     pub fn bytes(&self) -> usize {
         let tails: usize = self.tails.iter().map(Vec::len).sum();
-        (tails + self.state.len() + self.ring.k.len() + self.ring.v.len()) * size_of::<f32>()
+        (tails + self.state.len()) * size_of::<f32>() + self.ring.k.bytes() + self.ring.v.bytes()
     }
 }
 
@@ -45,15 +49,65 @@ pub(super) struct Ring {
     window: usize,
     sinks: usize,
     width: usize,
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: Entries,
+    v: Entries,
+}
+
+/// Stored keys or values.
+#[derive(Clone, Debug)]
+enum Entries {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+}
+
+impl Entries {
+    fn new(len: usize, kv_type: KvType) -> Self {
+        match kv_type {
+            KvType::F32 => Self::F32(vec![0.0; len]),
+            _ => Self::F16(vec![f16::ZERO; len]),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(values) => size_of_val(values.as_slice()),
+            Self::F16(values) => size_of_val(values.as_slice()),
+        }
+    }
+
+    fn write(&mut self, at: usize, row: &[f32]) {
+        match self {
+            Self::F32(values) => values[at..at + row.len()].copy_from_slice(row),
+            Self::F16(values) => values[at..at + row.len()].convert_from_f32_slice(row),
+        }
+    }
+
+    fn append_to(&self, range: Range<usize>, out: &mut Vec<f32>) {
+        match self {
+            Self::F32(values) => out.extend_from_slice(&values[range]),
+            Self::F16(values) => {
+                let start = out.len();
+                out.resize(start + range.len(), 0.0);
+                values[range].convert_to_f32_slice(&mut out[start..]);
+            }
+        }
+    }
 }
 
 impl Ring {
     /// Room for `window + sinks` entries of `width` values; none when `window` is 0.
-    pub fn new(window: usize, sinks: usize, width: usize) -> Self {
-        let entries = if window == 0 { 0 } else { window + sinks };
-        Self { window, sinks, width, k: vec![0.0; entries * width], v: vec![0.0; entries * width] }
+    pub fn new(window: usize, sinks: usize, width: usize, kv_type: KvType) -> Self {
+        let len = if window == 0 { 0 } else { (window + sinks) * width };
+        Self { window, sinks, width, k: Entries::new(len, kv_type), v: Entries::new(len, kv_type) }
+    }
+
+    /// Keys and values held after `seen` tokens, in the order of their entries, which is not that of their positions.
+    pub fn held(&self, seen: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+        let entries = seen.min(self.window + self.sinks) * self.width;
+        keys.clear();
+        values.clear();
+        self.k.append_to(0..entries, keys);
+        self.v.append_to(0..entries, values);
     }
 
     fn slot(&self, position: usize) -> usize {
@@ -68,12 +122,12 @@ impl Ring {
 
     /// Keys and values of `positions(seen)` followed by `k` and `v`.
     pub fn followed_by(&self, seen: usize, k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let capacity = self.k.len() + k.len();
+        let capacity = (self.window + self.sinks) * self.width + k.len();
         let (mut keys, mut values) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
         for position in self.positions(seen) {
             let at = self.slot(position) * self.width;
-            keys.extend_from_slice(&self.k[at..at + self.width]);
-            values.extend_from_slice(&self.v[at..at + self.width]);
+            self.k.append_to(at..at + self.width, &mut keys);
+            self.v.append_to(at..at + self.width, &mut values);
         }
         keys.extend_from_slice(k);
         values.extend_from_slice(v);
@@ -89,8 +143,8 @@ impl Ring {
                 continue;
             }
             let (from, to) = (t * self.width, self.slot(position) * self.width);
-            self.k[to..to + self.width].copy_from_slice(&k[from..from + self.width]);
-            self.v[to..to + self.width].copy_from_slice(&v[from..from + self.width]);
+            self.k.write(to, &k[from..from + self.width]);
+            self.v.write(to, &v[from..from + self.width]);
         }
     }
 }

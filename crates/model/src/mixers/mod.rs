@@ -38,12 +38,14 @@ mod mamba2;
 mod memory;
 mod projection;
 mod qkv;
+mod step;
 #[cfg(test)]
 mod tests;
 
 pub use init::{fit_gain, init};
 pub use inputs::{HeadInputs, ProjectionInfo, ProjectionSource};
 pub use memory::HeadCache;
+pub use step::{StepInputs, StepScratch, StepWeights};
 
 use crate::plan::{MixerSpec, RecurrentKind};
 use inputs::RecurrentInputs;
@@ -288,12 +290,13 @@ fn continue_sequence(
 ) {
     match &inputs.qkv {
         Some(raw) if ctx.env.layout.has_local() => {
-            local::forward(ctx, raw, &mut cache.ring, cache.seen, out.reborrow());
+            let rotated = inputs.rotated.unwrap_or_else(|| local::rotated(ctx, raw, cache.seen));
+            local::forward(ctx, &rotated, &raw.v, &mut cache.ring, cache.seen, out.reborrow());
         }
         _ => fill_zero(&mut out),
     }
     let form = if ctx.seq == 1 { Form::Step } else { Form::Chunked };
-    let HeadInputs { qkv, recurrent } = inputs;
+    let HeadInputs { qkv, recurrent, .. } = inputs;
     recur(ctx, weights, qkv.as_ref(), recurrent, cache, form, &mut out);
     cache.seen += ctx.seq;
 }
@@ -306,7 +309,7 @@ pub fn forward_train(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, mut out: Mat
         return HeadSaved { raw: None, local: None, recurrent: RecurrentSaved::None };
     }
     let weights = ctx.weights();
-    let HeadInputs { qkv: raw, recurrent } = HeadInputs::project(&ctx, &weights);
+    let HeadInputs { qkv: raw, recurrent, .. } = HeadInputs::project(&ctx, &weights);
     let local = match &raw {
         Some(raw) if env.layout.has_local() => Some(local::forward_train(&ctx, raw, out.reborrow())),
         _ => {

@@ -61,10 +61,7 @@ pub(super) fn forward(
     let Logits { mut gate, dt, input } = logits;
     let (rates, y) = recurrence(ctx, w, raw, dt, input, cache, form);
     let d_inner = ctx.env.layout.d_inner();
-    let chunk = ROWS_PER_TASK * d_inner;
-    ctx.exec.parallel_chunks(&mut gate, chunk, |_, gate| {
-        gate.iter_mut().for_each(|z| *z = elementwise::sigmoid(*z));
-    });
+    elementwise::sigmoid_in_place(ctx.exec, &mut gate);
     let rows = y.chunks_exact(d_inner).zip(gate.chunks_exact(d_inner));
     for (t, (y, gate)) in rows.enumerate() {
         for (((o, y), g), gain) in out.row_mut(t).iter_mut().zip(y).zip(gate).zip(w.gain) {

@@ -1,5 +1,6 @@
 //! What a plan costs in cache bytes, from sizes alone.
 
+use kernels::kv::KvType;
 use model::mixers::HeadLayout;
 use model::{HeadPlan, ModelConfig};
 use serde::{Deserialize, Serialize};
@@ -7,8 +8,8 @@ use serde::{Deserialize, Serialize};
 /// Context lengths that summaries report, in tokens.
 pub const SUMMARY_CONTEXTS: [usize; 4] = [1024, 4096, 8192, 32768];
 
-/// Bytes of one cached f32 value.
-const BYTES_PER_VALUE: usize = 4;
+/// Bytes of one value of an f16 cache.
+const BYTES_PER_VALUE: usize = 2;
 
 /// Cache bytes after some tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +48,7 @@ pub fn summary(plan: &HeadPlan, config: &ModelConfig) -> PlanSummary {
     let (converted, total) = (plan.converted(), plan.total());
     let base = config.kv_bytes_per_token(BYTES_PER_VALUE);
     let hybrid = 2 * (total - converted) * config.head_dim * BYTES_PER_VALUE;
-    let constant = plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes());
+    let constant = plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
     PlanSummary {
         converted,
         total,

@@ -131,22 +131,22 @@ fn the_summary_counts_bytes() {
     options.mixer = spec(RecurrentKind::None, 16);
     let summary = summary(&select(&config, &scores, &options).unwrap(), &config);
     // 2 layers × 2 groups × (k, v) × 8 values × 4 bytes.
-    assert_eq!((summary.base_bytes_per_token, summary.hybrid_bytes_per_token), (256, 64));
+    assert_eq!((summary.base_bytes_per_token, summary.hybrid_bytes_per_token), (128, 32));
     assert_eq!((summary.converted, summary.total), (3, 4));
     // 3 groups × (16 + 1) entries × (k, v) × 8 values × 4 bytes, as the cache itself counts.
     assert_eq!(summary.constant_bytes, 3 * HeadLayoutBytes::of(&config, options.mixer));
     assert_eq!(summary.contexts.iter().map(|c| c.tokens).collect::<Vec<_>>(), [1024, 4096, 8192, 32768]);
     for c in &summary.contexts {
-        assert_eq!((c.base_bytes, c.hybrid_bytes), (256 * c.tokens, 64 * c.tokens + summary.constant_bytes));
+        assert_eq!((c.base_bytes, c.hybrid_bytes), (128 * c.tokens, 32 * c.tokens + summary.constant_bytes));
     }
     let from = summary.smaller_from_tokens.unwrap();
-    assert!(from * 64 + summary.constant_bytes < from * 256);
-    assert!((from - 1) * 64 + summary.constant_bytes >= (from - 1) * 256);
+    assert!(from * 32 + summary.constant_bytes < from * 128);
+    assert!((from - 1) * 32 + summary.constant_bytes >= (from - 1) * 128);
     assert_eq!(summary.kept_groups, [vec![], vec![1]]);
     let empty = super::summary(&HeadPlan::empty(&config), &config);
     assert_eq!(
         (empty.hybrid_bytes_per_token, empty.constant_bytes, empty.smaller_from_tokens),
-        (256, 0, None)
+        (128, 0, None)
     );
 }
 
@@ -154,8 +154,8 @@ struct HeadLayoutBytes;
 
 impl HeadLayoutBytes {
     fn of(config: &ModelConfig, spec: MixerSpec) -> usize {
-        let bytes = model::mixers::HeadLayout::new(spec, config).cache_bytes();
-        assert!(bytes >= (spec.window + spec.sinks) * 2 * config.head_dim * 4);
+        let bytes = model::mixers::HeadLayout::new(spec, config).cache_bytes(kernels::kv::KvType::F16);
+        assert!(bytes >= (spec.window + spec.sinks) * 2 * config.head_dim * 2);
         bytes
     }
 }

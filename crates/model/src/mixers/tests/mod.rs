@@ -4,6 +4,7 @@ mod initial;
 mod naive;
 
 use super::*;
+use kernels::kv::KvType;
 use naive::Naive;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -153,7 +154,7 @@ impl Fixture {
         let mut cache = self.layout.new_cache();
         let (env, mut at, mut lengths) = (self.env(), 0, chunks.iter().cycle());
         while at < seq {
-            assert_eq!((cache.len(), cache.bytes()), (at, self.layout.cache_bytes()));
+            assert_eq!((cache.len(), cache.bytes()), (at, self.layout.cache_bytes(KvType::F32)));
             let rows = (*lengths.next().unwrap()).min(seq - at);
             let x = MatRef::new(&x[at * x_stride..], rows, d_model, x_stride);
             let out = MatMut::new(&mut out[at * out_stride..], rows, d_inner, out_stride);
@@ -381,8 +382,10 @@ fn cache_sizes_are_what_the_sizes_say() {
     let values = |recurrent, window, sinks, d_state, d_conv| {
         let spec = MixerSpec { recurrent, window, sinks, d_state, d_conv };
         let layout = HeadLayout { spec, dims };
-        assert_eq!(layout.new_cache().bytes(), layout.cache_bytes());
-        layout.cache_bytes() / 4
+        for kv_type in KvType::ALL {
+            assert_eq!(layout.new_cache_beside(kv_type).bytes(), layout.cache_bytes(kv_type));
+        }
+        layout.cache_bytes(KvType::F32) / 4
     };
     assert_eq!(values(RecurrentKind::None, 64, 1, 0, 0), 8320);
     assert_eq!(values(RecurrentKind::None, 16, 1, 0, 0), 2176);
@@ -394,8 +397,11 @@ fn cache_sizes_are_what_the_sizes_say() {
 #[test]
 fn a_ring_holds_sinks_and_window_once_and_in_order() {
     for (window, sinks) in [(1, 0), (1, 1), (2, 4), (3, 2), (5, 1)] {
-        for chunk in [1, 2, 3, 7, 20] {
-            let mut ring = Ring::new(window, sinks, 1);
+        // Small integers are exact in f16.
+        for (chunk, kv_type) in
+            [(1, KvType::F32), (2, KvType::F16), (3, KvType::F32), (7, KvType::Q8), (20, KvType::F16)]
+        {
+            let mut ring = Ring::new(window, sinks, 1, kv_type);
             for seen in (0..40).step_by(chunk) {
                 let held: Vec<usize> = ring.positions(seen).collect();
                 let expected: Vec<usize> = (0..seen).filter(|&p| p < sinks || p + window >= seen).collect();
@@ -405,6 +411,12 @@ fn a_ring_holds_sinks_and_window_once_and_in_order() {
                 let positions: Vec<f32> = held.iter().map(|&p| p as f32).chain(new.clone()).collect();
                 assert_eq!((&keys, &values), (&positions, &positions));
                 ring.push(seen, &new, &new);
+                let (mut keys, mut values) = (vec![9.0], vec![9.0]);
+                ring.held(seen + chunk, &mut keys, &mut values);
+                keys.sort_by(f32::total_cmp);
+                let held: Vec<f32> = ring.positions(seen + chunk).map(|p| p as f32).collect();
+                assert_eq!(keys, held);
+                assert_eq!(values.len(), held.len());
             }
         }
     }
