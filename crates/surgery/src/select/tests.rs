@@ -130,10 +130,10 @@ fn the_summary_counts_bytes() {
     let mut options = options(0.75, 0);
     options.mixer = spec(RecurrentKind::None, 16);
     let summary = summary(&select(&config, &scores, &options).unwrap(), &config);
-    // 2 layers × 2 groups × (k, v) × 8 values × 4 bytes.
+    // 2 layers × 2 groups × (k, v) × 8 values × 2 bytes.
     assert_eq!((summary.base_bytes_per_token, summary.hybrid_bytes_per_token), (128, 32));
     assert_eq!((summary.converted, summary.total), (3, 4));
-    // 3 groups × (16 + 1) entries × (k, v) × 8 values × 4 bytes, as the cache itself counts.
+    // 3 groups × (16 + 1) entries × (k, v) × 8 values × 2 bytes, as the cache itself counts.
     assert_eq!(summary.constant_bytes, 3 * HeadLayoutBytes::of(&config, options.mixer));
     assert_eq!(summary.contexts.iter().map(|c| c.tokens).collect::<Vec<_>>(), [1024, 4096, 8192, 32768]);
     for c in &summary.contexts {
