@@ -7,7 +7,7 @@ use super::format::{Bf16, F16, F32, Format, Q8};
 use super::store::{KvStore, PAGE, WIDE};
 use super::{AttendJob, KvType, prefill};
 use crate::isa::dispatch;
-use crate::{Exec, Isa, IsaLevel};
+use crate::{Exec, Isa};
 
 /// Up to this many query rows the keys of a KV head are split among tasks.
 const MAX_DECODE_ROWS: usize = 4;
@@ -210,7 +210,7 @@ impl Call<'_> {
             out_stride: out.row_stride,
         };
         #[cfg(target_arch = "x86_64")]
-        if self.isa.level() >= IsaLevel::Avx512Bf16 && job.store.kv_type() != KvType::F32 {
+        if self.isa.level() >= crate::IsaLevel::Avx512Bf16 && job.store.kv_type() != KvType::F32 {
             // SAFETY: an `Isa` of this or a higher level exists only after detection of these features; the caller's contract.
             return unsafe { bf16_block::<F>(&block, buffers) };
         }

@@ -4,7 +4,7 @@ use crate::MatRef;
 use crate::kv::KvStore;
 
 /// Output `[t, kv_heads · group · head_dim]` of the queries `q` of the same shape, which are the last `t` positions of
-/// the store; computed over the values as stored. See [`crate::kv::attend`].
+/// the store; computed over the values as stored. See [`crate::kv::attend()`].
 pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32) -> Vec<f64> {
     let (kv_heads, head_dim, len) = (store.kv_heads(), store.head_dim(), store.len());
     let mut out = vec![0.0; q.rows() * q.cols()];
