@@ -13,7 +13,7 @@ const SUB: usize = 32;
 const SUB6: usize = 16;
 
 /// Values that are summed side by side, so that the sums vectorise.
-const LANES: usize = 8;
+const LANES: usize = 4;
 
 /// Nearest integer, ties to even, as a float; for values between −2^22 and 2^22. Unlike the standard function it needs
 /// no instruction beyond the baseline.
@@ -26,12 +26,14 @@ fn nearest(x: f32) -> f32 {
 /// The nearest of the codes from `low` to `high`.
 #[inline(always)]
 fn code(x: f32, low: f32, high: f32) -> f32 {
-    nearest(x.clamp(low, high))
+    // Comparisons and not `clamp`, because these are single instructions.
+    let x = if x > low { x } else { low };
+    nearest(if x < high { x } else { high })
 }
 
 fn sum(lanes: [f32; LANES]) -> f32 {
-    let [a, b, c, d, e, f, g, h] = lanes;
-    ((a + b) + (c + d)) + ((e + f) + (g + h))
+    let [a, b, c, d] = lanes;
+    (a + b) + (c + d)
 }
 
 fn stored(half: [u8; 2]) -> f32 {
@@ -132,12 +134,16 @@ impl Search {
             sum_w += *weight;
             sum_x += *weight * x;
         }
+        let levels = self.levels;
         let error = |scale: f32, min: f32, inverse: f32| {
             let mut error = [0.0; LANES];
-            for i in 0..SUB {
-                let code = code(inverse * (x[i] - low), 0.0, self.levels);
-                let difference = scale * code + min - x[i];
-                error[i % LANES] += weights[i] * difference * difference;
+            for (x, weights) in x.as_chunks().0.iter().zip(weights.as_chunks().0) {
+                let (x, weights): (&[f32; LANES], &[f32; LANES]) = (x, weights);
+                for l in 0..LANES {
+                    let code = code(inverse * (x[l] - low), 0.0, levels);
+                    let difference = scale * code + min - x[l];
+                    error[l] += weights[l] * difference * difference;
+                }
             }
             sum(error)
         };
@@ -146,11 +152,14 @@ impl Search {
         for step in 0..=self.steps {
             let inverse = (self.levels + self.first + 0.1 * step as f32) / range;
             let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-            for i in 0..SUB {
-                let code = code(inverse * (x[i] - low), 0.0, self.levels);
-                sum_l[i % LANES] += weights[i] * code;
-                sum_l2[i % LANES] += weights[i] * code * code;
-                sum_xl[i % LANES] += weights[i] * code * x[i];
+            for (x, weights) in x.as_chunks().0.iter().zip(weights.as_chunks().0) {
+                let (x, weights): (&[f32; LANES], &[f32; LANES]) = (x, weights);
+                for l in 0..LANES {
+                    let code = code(inverse * (x[l] - low), 0.0, levels);
+                    sum_l[l] += weights[l] * code;
+                    sum_l2[l] += weights[l] * code * code;
+                    sum_xl[l] += weights[l] * code * x[l];
+                }
             }
             let (sum_l, sum_l2, sum_xl) = (sum(sum_l), sum(sum_l2), sum(sum_xl));
             let determinant = sum_w * sum_l2 - sum_l * sum_l;
@@ -214,10 +223,12 @@ fn search_q6(x: &[f32]) -> f32 {
     }
     let fit = |inverse: f32| {
         let (mut sum_xl, mut sum_l2) = ([0.0; LANES], [0.0; LANES]);
-        for i in 0..SUB6 {
-            let (u, code) = (unit[i], code(inverse * unit[i], -32.0, 31.0));
-            sum_xl[i % LANES] += u * u * u * code;
-            sum_l2[i % LANES] += u * u * code * code;
+        for unit in unit.as_chunks::<LANES>().0 {
+            for l in 0..LANES {
+                let (u, code) = (unit[l], code(inverse * unit[l], -32.0, 31.0));
+                sum_xl[l] += u * u * u * code;
+                sum_l2[l] += u * u * code * code;
+            }
         }
         (sum(sum_xl), sum(sum_l2))
     };
