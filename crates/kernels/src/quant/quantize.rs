@@ -48,7 +48,7 @@ fn quantize_block(dtype: Dtype, values: &[f32], out: &mut [u8]) {
         Dtype::Q4_0 | Dtype::Q5_0 => {
             let (levels, bits) = if dtype == Dtype::Q4_0 { (16, 4) } else { (32, 5) };
             let extreme = values.iter().fold(0.0f32, |m, &v| if v.abs() > m.abs() { v } else { m });
-            let (d, inverse) = scale_f16(extreme / (levels / 2) as f32 * -1.0);
+            let (d, inverse) = scale_f16(-extreme / (levels / 2) as f32);
             out[..2].copy_from_slice(&d);
             let offset = (levels / 2) as f32 + 0.5;
             store_codes(values, levels, bits, &mut out[2..], |v| v * inverse + offset);
