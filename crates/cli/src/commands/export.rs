@@ -94,7 +94,12 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             "parameters": values, "dtypes": types, "notes": export.notes(),
         }));
     }
-    println!("wrote {} ({}), architecture {}", args.gguf.display(), bytes(size as usize), export.architecture());
+    println!(
+        "wrote {} ({}), architecture {}",
+        args.gguf.display(),
+        bytes(size as usize),
+        export.architecture()
+    );
     if let Some(plan) = &plan {
         println!("  hybrid        {} of {} KV groups converted", plan.converted(), plan.total());
     }

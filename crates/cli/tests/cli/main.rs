@@ -3,6 +3,7 @@
 
 mod common;
 mod errors;
+mod export;
 mod logits;
 mod pipeline;
 mod quickstart;

@@ -2,7 +2,7 @@
 
 use crate::common::Work;
 
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 15] = [
     "quickstart",
     "fetch",
     "inspect",
@@ -12,6 +12,7 @@ const COMMANDS: [&str; 14] = [
     "plan",
     "convert",
     "heal",
+    "export",
     "generate",
     "chat",
     "eval",
@@ -43,6 +44,13 @@ fn doctor_says_what_is_in_use() {
     let output = work.command("doctor --threads 1").env("RECURFORMER_ISA", "scalar").output().unwrap();
     let out = crate::common::succeed(output, "doctor").stdout;
     assert!(out.contains("scalar with 1 threads") && out.contains("GFLOP/s"), "{out}");
+    assert!(out.contains("RECURFORMER_ISA="), "{out}");
+    let json: serde_json::Value = serde_json::from_str(&work.ok("doctor --threads 2 --json")).unwrap();
+    assert_eq!(json["threads"], 2);
+    assert!(json["available"].as_array().unwrap().contains(&json["isa"]));
+    for speed in ["f32_gemm_gflops", "bf16_gemm_gflops", "q8_gemm_gops", "memory_read_gigabytes_per_second"] {
+        assert!(json[speed].as_f64().unwrap() > 0.0, "{speed}");
+    }
 }
 
 #[test]
