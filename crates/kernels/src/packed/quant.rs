@@ -1,5 +1,6 @@
 //! Quantised panels: packing, decoding, products with 8-bit activations.
 //! Knows one panel of 16 rows; knows nothing of threads and outputs.
+#![allow(clippy::needless_range_loop, reason = "iterators' closures may lose the instruction set's features")]
 
 mod body;
 mod input;

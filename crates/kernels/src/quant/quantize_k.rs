@@ -1,6 +1,7 @@
 //! f32 → Q4_K, Q5_K, Q6_K: super-blocks of 256 values whose sub-blocks have small integer scales.
 //! Scales are searched as in llama.cpp's reference: candidates around the obvious one, each refined by weighted least
 //! squares for the codes it leads to, the best of them kept.
+#![allow(clippy::needless_range_loop, reason = "several arrays, lane by lane")]
 
 use half::f16;
 
