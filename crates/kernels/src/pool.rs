@@ -29,11 +29,12 @@ const YIELDS: usize = 4;
 /// Longer waits than this are suspected to be a descheduled worker.
 const LATE: Duration = Duration::from_micros(300);
 /// Regions whose start is timed after a suspicious wait; else no clock is read before a wait.
-const WATCHED: u32 = 8192;
-/// A late worker rests this many times the time it cost, ...
+const WATCHED: u32 = 1 << 16;
+/// A late worker rests this many times the time it cost, but not longer than `FIRST_REST`; ...
 const REST_FACTOR: u32 = 8;
-/// ... but not longer.
-const MAX_REST: Duration = Duration::from_millis(50);
+const FIRST_REST: Duration = Duration::from_millis(40);
+/// ... one that is late again soon twice as long as before, but not longer than this.
+const MAX_REST: Duration = Duration::from_millis(320);
 
 // Layout of `Shared::state`: workers inside | OPEN | WAITING | STOP | sleeping workers | epoch.
 const INSIDE: u64 = (1 << 16) - 1;
@@ -103,8 +104,16 @@ unsafe impl Send for Shared {}
 struct Control {
     /// Regions still to be timed from their start.
     watched: u32,
-    /// Workers that were inside when the wait became suspicious.
-    late: Vec<bool>,
+    records: Vec<Record>,
+}
+
+/// What the caller remembers of a worker.
+#[derive(Clone, Default)]
+struct Record {
+    /// It was inside when the wait became suspicious.
+    late: bool,
+    /// Its last rest and when that ends.
+    rest: Option<(Duration, Instant)>,
 }
 
 /// Worker threads that help callers of [`run`](Self::run).
@@ -144,7 +153,7 @@ impl Pool {
             panicked: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
-        let control = Mutex::new(Control { watched: 0, late: vec![false; workers] });
+        let control = Mutex::new(Control { watched: 0, records: vec![Record::default(); workers] });
         let mut pool = Self { shared, control, handles: Vec::with_capacity(workers) };
         for me in 0..workers {
             let shared = Arc::clone(&pool.shared);
@@ -216,8 +225,8 @@ impl Pool {
             shared.block(LATE.saturating_sub(start.elapsed()));
         }
         if !done() {
-            for (late, worker) in control.late.iter_mut().zip(&shared.workers) {
-                *late = worker.0.inside.load(Ordering::Relaxed);
+            for (record, worker) in control.records.iter_mut().zip(&shared.workers) {
+                record.late = worker.0.inside.load(Ordering::Relaxed);
             }
             shared.block(Duration::MAX);
         }
@@ -225,7 +234,7 @@ impl Pool {
         if waited > LATE {
             self.judge(control, begun.map(|begun| start - begun), mine, waited);
         }
-        control.late.fill(false);
+        control.records.iter_mut().for_each(|record| record.late = false);
     }
 
     /// Sends workers to rest that were late by much more than one of our own items took.
@@ -237,9 +246,17 @@ impl Pool {
         if lost < LATE {
             return;
         }
-        let rest = (lost * REST_FACTOR).min(MAX_REST).as_micros() as u32;
-        for (worker, _) in self.shared.workers.iter().zip(&control.late).filter(|(_, late)| **late) {
-            worker.0.rest.store(rest, Ordering::Relaxed);
+        let now = Instant::now();
+        let first = (lost * REST_FACTOR).min(FIRST_REST);
+        let workers = self.shared.workers.iter().zip(&mut control.records);
+        for (worker, record) in workers.filter(|(_, record)| record.late) {
+            let rest = match record.rest {
+                // Less good time since the last rest than that took: its core is still in use.
+                Some((last, end)) if now < end + last => (2 * last).clamp(first, MAX_REST),
+                _ => first,
+            };
+            record.rest = Some((rest, now + rest));
+            worker.0.rest.store(rest.as_micros() as u32, Ordering::Relaxed);
         }
     }
 }

@@ -75,19 +75,24 @@ fn the_caller_takes_part_and_blocks_for_the_others() {
 fn late_workers_rest_and_come_back() {
     let pool = Pool::new(3).unwrap();
     let mut control = pool.control.lock().unwrap();
-    let rests = || [0, 1].map(|i| pool.shared.workers[i].0.rest.load(Ordering::Relaxed));
     let ms = Duration::from_millis;
-    control.late = vec![false, true];
+    let rests = |control: &Control| [0, 1].map(|i: usize| control.records[i].rest.map(|rest| rest.0));
+    control.records[1].late = true;
     // Not yet timed; as long as our own items; nothing to compare with.
     for (busy, mine) in [(None, 1), (Some(ms(10)), 5), (Some(ms(1)), 0)] {
         pool.judge(&mut control, busy, mine, ms(4));
-        assert_eq!(rests(), [0, 0]);
+        assert_eq!(rests(&control), [None, None]);
         assert_eq!(control.watched, WATCHED);
     }
-    // Late by 20 ms − 2 × 2 ms: the longest rest. The worker may have seen it already.
-    pool.judge(&mut control, Some(ms(10)), 5, ms(20));
-    let longest = MAX_REST.as_micros() as u32;
-    assert!([[0, 0], [0, longest]].contains(&rests()));
+    // Late by 7 ms − 2 × 2 ms, then again and again.
+    for rest in [24, 48, 96, 192, 320, 320].map(ms) {
+        pool.judge(&mut control, Some(ms(10)), 5, ms(7));
+        assert_eq!(rests(&control), [None, Some(rest)]);
+    }
+    // Long ago: forgotten.
+    control.records[1].rest = Some((ms(0), Instant::now() - ms(1)));
+    pool.judge(&mut control, Some(ms(10)), 5, ms(40));
+    assert_eq!(rests(&control), [None, Some(FIRST_REST)]);
     drop(control);
     // Regions run meanwhile without it, and a dropped pool does not wait for it.
     check(&pool, 100);
