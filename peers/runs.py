@@ -1,0 +1,130 @@
+"""Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
+`doctor`, `first-token/TYPE` or `memory/ours|llama/TYPE`, and gives a dictionary of metrics."""
+
+import statistics
+import subprocess
+from pathlib import Path
+
+from common import Failure, call, call_json
+
+DECODE_STEPS = 32
+CONTEXT = 8192
+DEEP = 32000
+CHOICE_DEPTH = 7900
+FIRST_TOKEN_RUNS = 5
+MEMORY_TOKENS = 8
+FITS = "run `target/release/recurformer --help`: the binary may be older than this script"
+
+
+class Torch:
+    """The PyTorch process, started when first needed and kept, so that building the model is not repeated."""
+
+    def __init__(self, tools):
+        self.tools = tools
+        self.process = None
+
+    def ask(self, request):
+        """Tokens per second of a request."""
+        if self.process is None:
+            command = [self.tools.python, Path(__file__).with_name("torch_speed.py"), str(self.tools.threads)]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.answer()
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return float(self.answer())
+
+    def answer(self):
+        """One line of the process."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise Failure("the PyTorch process ended", "its message is above; memory may be short")
+        return line
+
+    def close(self):
+        """Ends the process."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Runner:
+    """Runs contestants; remembers which attention of llama.cpp (`-fa`) was the faster."""
+
+    def __init__(self, tools, flash):
+        self.tools = tools
+        self.flash = flash
+        self.torch = Torch(tools)
+
+    def run(self, name):
+        """The metrics of one run."""
+        kind, *rest = name.split("/")
+        return {
+            "ours": self.ours, "llama": self.llama, "torch": self.by_torch, "doctor": self.doctor, "first-token": self.first_token,
+            "memory": self.memory,
+        }[kind](*rest)
+
+    def bench(self, model, kind, depths):
+        """`recurformer bench` of a file at some depths."""
+        depths = [int(depth) for depth in depths]
+        command = self.tools.ours(
+            "bench", "--model", self.tools.file(model, kind), "--depths", ",".join(map(str, depths)), "--json", "--kv-type", "f16",
+            "--decode-steps", str(DECODE_STEPS),
+        )
+        if max(depths) + DECODE_STEPS > CONTEXT:
+            command.append("--beyond-context")
+        return call_json(command, FITS)["results"]
+
+    def ours(self, model, kind, depth):
+        """Prefill and decode tokens per second, and cache bytes."""
+        (result,) = self.bench(model, kind, [depth])
+        return {"prefill": result["prefill_tok_s"], "decode": result["decode_tok_s"], "cache": result["cache_bytes"]}
+
+    def doctor(self):
+        """What the machine can do: GB/s read from memory, bf16 GFLOP/s."""
+        shown = call_json(self.tools.ours("doctor", "--json"), FITS)
+        return {"memory": shown["memory_read_gigabytes_per_second"], "bf16": shown["bf16_gemm_gflops"]}
+
+    def by_torch(self, what, depth):
+        """Tokens per second of PyTorch."""
+        return {"speed": self.torch.ask(f"{what} {depth}")}
+
+    def llama_command(self, what, kind, depth, flash, steps=DECODE_STEPS):
+        """llama-bench for one figure."""
+        sizes = ["-p", depth, "-n", "0"] if what == "prefill" else ["-p", "0", "-n", str(steps), "-d", depth]
+        model = ["-m", self.tools.file("base", kind), "-t", str(self.tools.threads)]
+        return [self.tools.llama_bench, *model, *sizes, "-r", "1", "-fa", str(flash), "-o", "json"]
+
+    def llama_speed(self, what, kind, depth, flash):
+        """Tokens per second of llama.cpp."""
+        command = self.llama_command(what, kind, depth, flash)
+        (result,) = call_json(command, "remove target/peers/llama-build to build it again")
+        return result["avg_ts"]
+
+    def choose_flash(self, name):
+        """Measures both attentions of llama.cpp once for a run and keeps the faster; at the deepest it is that of 7900 tokens."""
+        _, what, kind, depth = name.split("/")
+        known = f"{what}/{kind}/{min(int(depth), CHOICE_DEPTH)}"
+        if known not in self.flash:
+            speeds = [self.llama_speed(what, kind, known.split("/")[2], flash) for flash in (0, 1)]
+            self.flash[known] = int(speeds[1] > speeds[0])
+        self.flash[f"{what}/{kind}/{depth}"] = self.flash[known]
+
+    def llama(self, what, kind, depth):
+        """Tokens per second of llama.cpp with its faster attention."""
+        return {"speed": self.llama_speed(what, kind, depth, self.flash[f"{what}/{kind}/{depth}"])}
+
+    def first_token(self, kind):
+        """Median seconds from starting the process to its end after one token of a short prompt, file in the page cache."""
+        command = self.tools.ours("generate", "--model", self.tools.file("base", kind), "--prompt", "The whale", "--max-tokens", "1")
+        return {"seconds": statistics.median(call(command, FITS)[1] for _ in range(FIRST_TOKEN_RUNS))}
+
+    def memory(self, side, kind):
+        """Peak resident MiB of generating a few tokens after 8,000."""
+        if side == "llama":
+            command = self.llama_command("decode", kind, "8000", "auto", MEMORY_TOKENS)
+        else:
+            command = self.tools.ours(
+                "generate", "--model", self.tools.file("base", kind), "--prompt-file", self.tools.prompt, "--max-tokens",
+                str(MEMORY_TOKENS), "--kv-type", "f16", "--json",
+            )
+        return {"mib": call(command, FITS)[2]}
