@@ -1,6 +1,8 @@
 //! Tiles of BF16 panels and bfloat16 activations with `vdpbf16ps`.
 //! Knows one group of panels; knows nothing of threads and outputs.
 
+#![allow(clippy::needless_range_loop)] // Plain loops over registers and lanes stay inside the instruction set; iterator closures may not.
+
 use std::arch::x86_64::*;
 
 use super::{PANEL, padded};

@@ -1,6 +1,8 @@
 //! Sixteen f32 lanes, one per output of a panel, on every instruction set: what the dense kernels are written in.
 //! Knows registers and loads; knows no panel.
 
+#![allow(clippy::needless_range_loop)] // Plain loops over registers and lanes stay inside the instruction set; iterator closures may not.
+
 use crate::simd::{Portable, Simd};
 
 /// Sixteen lanes. Loads read through pointers, so that hot loops have no bounds checks.
@@ -13,8 +15,6 @@ pub(super) trait Lanes: Simd {
     const TILE_PANELS: usize;
     /// Rows of activations that a matrix-vector kernel takes at once.
     const VECTOR_ROWS: usize;
-    /// Panels that it takes at once, which share the broadcasts of the activations.
-    const VECTOR_PANELS: usize;
     /// All lanes 0.
     fn zero(self) -> Self::W;
     /// # Safety
@@ -58,7 +58,6 @@ impl<const FUSED: bool> Lanes for Portable<FUSED> {
     const TILE_ROWS: usize = 4;
     const TILE_PANELS: usize = 1;
     const VECTOR_ROWS: usize = 2;
-    const VECTOR_PANELS: usize = 1;
     #[inline(always)]
     fn zero(self) -> [f32; 16] {
         [0.0; 16]
@@ -153,7 +152,6 @@ mod x86 {
         const TILE_ROWS: usize = 8;
         const TILE_PANELS: usize = 3;
         const VECTOR_ROWS: usize = 4;
-        const VECTOR_PANELS: usize = 2;
         #[inline(always)]
         fn zero(self) -> __m512 {
             // SAFETY: the token proves AVX-512.
@@ -224,7 +222,6 @@ mod x86 {
         const TILE_ROWS: usize = 6;
         const TILE_PANELS: usize = 1;
         const VECTOR_ROWS: usize = 2;
-        const VECTOR_PANELS: usize = 1;
         #[inline(always)]
         fn zero(self) -> [__m256; 2] {
             // SAFETY: the token proves AVX2.

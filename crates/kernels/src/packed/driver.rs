@@ -1,6 +1,8 @@
 //! Shares products out to threads by panels and row blocks, and finishes tiles: bias, residual, SwiGLU.
 //! Knows shapes and outputs; the arithmetic of a tile is its kernel's.
 
+#![allow(clippy::needless_range_loop)] // Plain loops over registers and lanes stay inside the instruction set; iterator closures may not.
+
 use std::cell::RefCell;
 
 use super::buffer::Lines;

@@ -210,7 +210,7 @@ fn normalise<S: Simd>(s: S, x: &[f32], norm: Norm<'_>, out: &mut [f32]) {
 fn round_row(x: &[f32], out: &mut [u16]) {
     for (out, &x) in out.iter_mut().zip(x) {
         let bits = x.to_bits();
-        let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
         // A NaN's payload could carry into the sign.
         *out = if x.is_nan() { 0x7fc0 } else { rounded as u16 };
     }

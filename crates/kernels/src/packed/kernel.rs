@@ -90,8 +90,7 @@ impl Route {
     /// Most rows and panels per call.
     pub(super) fn shape(self, isa: Isa) -> (usize, usize) {
         match self {
-            Self::Vector(_) => (MATVEC_ROWS, dense_f32::matvec_panels(isa)),
-            Self::QuantVector(_) => (MATVEC_ROWS, 1),
+            Self::Vector(_) | Self::QuantVector(_) => (MATVEC_ROWS, 1),
             Self::Tile(_) => dense_f32::tile_shape(isa),
             #[cfg(target_arch = "x86_64")]
             Self::Bf16 => dense_bf16::SHAPE,
@@ -144,9 +143,8 @@ impl Route {
         let cols = weight.cols();
         match self {
             Self::Vector(dtype) => {
-                let packed = weight.panels_at(panel, panels);
-                let (x, stride) = x.f32_rows();
-                dense_f32::matvec(isa, dtype, cols, packed, panels, &x[row * stride..], stride, rows, tile);
+                let (packed, (x, stride)) = (weight.panel(panel), x.f32_rows());
+                dense_f32::matvec(isa, dtype, cols, packed, &x[row * stride..], stride, rows, tile);
             }
             Self::Tile(dtype) => {
                 let packed = if dtype == Dtype::F32 { weight.panels_at(panel, panels) } else { expanded };
