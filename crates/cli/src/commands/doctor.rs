@@ -1,14 +1,16 @@
 //! `doctor`: what this CPU has, what is used, how fast it is.
 
-use crate::common::ExecArgs;
+use crate::common::{ExecArgs, print_json};
 use crate::ui::Ui;
 use anyhow::Result;
-use kernels::{Isa, measure};
+use kernels::quant::Dtype;
+use kernels::{Isa, isa, measure};
+use serde_json::json;
 
 /// Show what this CPU can do, which instruction set is used, and its measured speed.
 ///
-/// RECURFORMER_ISA=scalar|avx2|avx512|neon forces an instruction set (larger matrix products, in the
-/// gemm crate, choose their own unless scalar is forced).
+/// The environment variable RECURFORMER_ISA forces one of the available instruction sets (larger f32
+/// products, in the gemm crate, choose their own unless scalar is forced).
 ///
 /// Example:
 ///   recurformer doctor --threads 1
@@ -17,14 +19,51 @@ use kernels::{Isa, measure};
 pub struct Args {
     #[command(flatten)]
     exec: ExecArgs,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
+    let cpu = cpu_name();
+    let features = isa::cpu_features();
     let available: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
+    let region = measure::region_seconds(&exec) * 1e6;
+    let f32_gemm = measure::gemm_gflops(&exec);
+    let bf16_gemm = measure::packed_gflops(&exec, Dtype::BF16)?;
+    let q8_gemm = measure::packed_gflops(&exec, Dtype::Q8_0)?;
+    let memory = measure::read_gigabytes_per_second(&exec);
+    if args.json {
+        return print_json(&json!({
+            "cpu": cpu,
+            "features": features,
+            "available": available,
+            "isa": exec.isa().name(),
+            "threads": exec.threads(),
+            "parallel_region_microseconds": region,
+            "f32_gemm_gflops": f32_gemm,
+            "bf16_gemm_gflops": bf16_gemm,
+            "q8_gemm_gops": q8_gemm,
+            "memory_read_gigabytes_per_second": memory,
+        }));
+    }
+    println!("cpu           {}", cpu.as_deref().unwrap_or("(name unknown)"));
+    println!("features      {}", features.join(" "));
     println!("available     {}", available.join(", "));
     println!("in use        {} with {} threads", exec.isa().name(), exec.threads());
-    println!("f32 GEMM      {:.0} GFLOP/s", measure::gemm_gflops(&exec));
-    println!("memory read   {:.1} GB/s", measure::read_gigabytes_per_second(&exec));
+    println!("to override   {}=<one of the available>, --threads <n>", isa::ISA_VARIABLE);
+    println!("region        {region:.2} us overhead of a parallel region");
+    println!("f32 GEMM      {f32_gemm:.0} GFLOP/s");
+    println!("bf16 GEMM     {bf16_gemm:.0} GFLOP/s");
+    println!("8-bit GEMM    {q8_gemm:.0} GOP/s");
+    println!("memory read   {memory:.1} GB/s");
     Ok(())
+}
+
+/// The CPU's name where the operating system tells it in a file.
+fn cpu_name() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_string())
 }
