@@ -282,11 +282,10 @@ proptest! {
 
 #[test]
 fn a_window_step_is_attention_to_every_key() {
-    for isa in Isa::available() {
-        let exec = Exec::with_isa(1, isa).unwrap();
+    for exec in execs() {
         for (heads, head_dim, keys) in [(1, 2, 1), (3, 64, 65), (4, 24, 17), (2, 80, 200)] {
-            let q = testing::values(heads * head_dim, 1);
-            let (k, v) = (testing::values(keys * head_dim, 2), testing::values(keys * head_dim, 3));
+            let q = noise(1, heads * head_dim);
+            let (k, v) = (noise(2, keys * head_dim), noise(3, keys * head_dim));
             let shape = AttnShape { q_heads: heads, kv_heads: 1, head_dim, scale: 0.3 };
             let mut expected = vec![f32::NAN; heads * head_dim];
             attention(
@@ -302,7 +301,7 @@ fn a_window_step_is_attention_to_every_key() {
             let (mut out, mut scores) = (vec![f32::NAN; heads * head_dim], Vec::new());
             window_step(&exec, 0.3, &q, &k, &v, head_dim, &mut scores, &mut out);
             for (found, expected) in out.iter().zip(&expected) {
-                assert!((found - expected).abs() < 2e-6, "{isa}: {found} {expected}");
+                assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }
         }
     }

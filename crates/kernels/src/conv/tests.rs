@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::chunk::testing::{LENGTHS, assert_close, assert_gradient, execs, inner, random, rng, wide};
 use crate::naive;
+use crate::testing::noise;
 
 /// A few f32 roundings per tap; the weight gradient sums 500 of them.
 const TOLERANCE: f64 = 3e-6;
@@ -126,11 +127,10 @@ proptest! {
 
 #[test]
 fn steps_are_the_convolution() {
-    for isa in Isa::available() {
-        let exec = Exec::with_isa(1, isa).unwrap();
+    for exec in execs() {
         for (channels, d_conv, seq) in [(1, 1, 5), (3, 4, 9), (64, 4, 7), (192, 2, 3)] {
-            let (x, weight) = (values(seq * channels, 1), values(channels * d_conv, 2));
-            let mut tail = values((d_conv - 1) * channels, 3);
+            let (x, weight) = (noise(1, seq * channels), noise(2, channels * d_conv));
+            let mut tail = noise(3, (d_conv - 1) * channels);
             let (mut step_tail, mut expected) = (tail.clone(), vec![f32::NAN; x.len()]);
             short_conv(&exec, &x, &weight, None, channels, &mut tail, &mut expected);
             let taps = short_conv_taps(&weight, channels);
@@ -138,7 +138,7 @@ fn steps_are_the_convolution() {
                 let mut out = vec![f32::NAN; channels];
                 short_conv_step(&exec, x, &taps, &mut step_tail, &mut out);
                 for (found, expected) in out.iter().zip(expected) {
-                    assert!((found - expected).abs() < 1e-6, "{isa}: {found} {expected}");
+                    assert!((found - expected).abs() < 1e-6, "{}: {found} {expected}", exec.isa());
                 }
             }
             assert_eq!(step_tail, tail);
