@@ -159,6 +159,8 @@ def install(tools, given, files, with_torch):
     """Everything that the selected measurements need; `files` holds pairs of a model and a type."""
     tools.weights.mkdir(parents=True, exist_ok=True)
     build_binary(tools, given)
+    if not files:
+        return
     if with_torch or not tools.llama_bench.exists():
         install_python(tools)
     build_llama(tools)

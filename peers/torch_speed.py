@@ -1,6 +1,7 @@
 """Times transformers + PyTorch in bf16 on a Llama of SmolLM2-135M's shape with random weights (speed does not depend on their values).
 
 Usage: torch_speed.py THREADS. Reads lines `prefill N` and `decode DEPTH` from stdin, answers each with tokens per second on stdout.
+A length that comes for the first time is run once before it is timed.
 """
 
 import statistics
@@ -49,12 +50,14 @@ def main():
     model = build()
     ids = torch.randint(0, SHAPE["vocab_size"], (1, SHAPE["max_position_embeddings"]))
     with torch.no_grad():
-        prefill(model, ids, 64)
         print("ready", flush=True)
+        warm = set()
         for line in sys.stdin:
-            what, length = line.split()
-            speed = prefill(model, ids, int(length))[0] if what == "prefill" else decode(model, ids, int(length))
-            print(speed, flush=True)
+            what, length = line.split()[0], int(line.split()[1])
+            if length not in warm:
+                prefill(model, ids, length)
+                warm.add(length)
+            print(prefill(model, ids, length)[0] if what == "prefill" else decode(model, ids, length), flush=True)
 
 
 if __name__ == "__main__":
