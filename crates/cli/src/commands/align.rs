@@ -87,7 +87,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     check_context(config, args.context)?;
     let spec = args.mixer.spec(config, args.window, args.sinks)?;
     let heads = HeadsReport::read(&args.heads)?;
-    let (train, heldout) = data::split_pair(documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?);
+    let (train, heldout) =
+        data::split_pair(documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?);
     let measure_context = args.context.max(512).min(config.max_context);
     let bank = if args.extend {
         HeadBank::read(&args.out, config)?

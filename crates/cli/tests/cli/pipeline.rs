@@ -143,10 +143,10 @@ fn bench_and_inspect(work: &Work, summary: &Value) {
     for (result, depth) in results.iter().zip([16.0, 63.0]) {
         assert_eq!(number(result, "/depth"), depth);
         assert!(number(result, "/prefill_tok_s") > 0.0 && number(result, "/decode_tok_s") > 0.0);
-        assert_eq!(
-            number(result, "/cache_bytes"),
-            depth * per_token + number(&inspected, "/cache/constant_bytes")
-        );
+        // A page of 256 positions, whose heads are padded to whole registers.
+        let page = number(result, "/cache_bytes") - number(&inspected, "/cache/constant_bytes");
+        assert!((256.0 * per_token..=1024.0 * per_token).contains(&page), "{page} for {per_token} a token");
+        assert_eq!(number(result, "/cache_bytes"), number(&results[0], "/cache_bytes"));
     }
 }
 

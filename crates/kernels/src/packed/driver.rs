@@ -20,6 +20,8 @@ const MIN_PARALLEL_BYTES: usize = 48 * 1024;
 const MIN_TASK_BYTES: usize = 24 * 1024;
 /// Tasks per thread that a region is cut into, when they are not too small.
 const TASKS_PER_THREAD: usize = 16;
+/// The same where weights are read once: every task starts with a cold stream, and long streams run at memory speed.
+const STREAMS_PER_THREAD: usize = 2;
 /// Bytes of activations of a row block, which should stay in the second-level cache beside the panels.
 const ROW_BLOCK_BYTES: usize = 512 * 1024;
 
@@ -149,9 +151,10 @@ impl<'a> Work<'a> {
         let bytes = |t: &Target<'_>| (t.weight.bytes() + t.up.map_or(0, Packed::bytes)) * factor;
         let total: usize = self.targets.iter().flatten().map(bytes).sum();
         let threads = if total < MIN_PARALLEL_BYTES { 1 } else { exec.threads() };
+        let tasks_per_thread = if m <= MATVEC_ROWS { STREAMS_PER_THREAD } else { TASKS_PER_THREAD };
         let task_bytes = match threads {
             1 => usize::MAX,
-            threads => (total / (threads * TASKS_PER_THREAD)).max(MIN_TASK_BYTES),
+            threads => (total / (threads * tasks_per_thread)).max(MIN_TASK_BYTES),
         };
         for target in self.targets.iter_mut().flatten() {
             target.split(m, task_bytes);

@@ -48,7 +48,8 @@ pub fn summary(plan: &HeadPlan, config: &ModelConfig) -> PlanSummary {
     let (converted, total) = (plan.converted(), plan.total());
     let base = config.kv_bytes_per_token(BYTES_PER_VALUE);
     let hybrid = 2 * (total - converted) * config.head_dim * BYTES_PER_VALUE;
-    let constant = plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
+    let constant =
+        plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
     PlanSummary {
         converted,
         total,

@@ -9,8 +9,8 @@ use crate::quant::Dtype;
 
 /// Quads of columns per block.
 const QUADS: usize = BLOCK / 4;
-/// How far ahead of the block in work a panel's bytes are asked for.
-const AHEAD: usize = 2048;
+/// How far ahead of the block in work codes are asked for; scales, which lie behind a panel's codes, a panel ahead.
+const AHEAD: usize = 8192;
 
 /// An element type as a type, so that everything that depends on it is known at compile time.
 pub(super) trait Format: Copy {
@@ -160,7 +160,6 @@ pub(super) unsafe fn matvec<S: Lanes, F: Format, const M: usize, const P: usize>
 ) {
     let layout = F::LAYOUT;
     let blocks = x.blocks;
-    let stride = layout.panel_bytes(blocks).div_ceil(blocks.max(1));
     let mut rows = [Row::of(x, row); M];
     for (r, out) in rows.iter_mut().enumerate() {
         *out = Row::of(x, row + r);
@@ -172,10 +171,11 @@ pub(super) unsafe fn matvec<S: Lanes, F: Format, const M: usize, const P: usize>
         let scale_bytes = start.add(blocks * layout.block_bytes());
         for b in 0..blocks {
             let block = start.add(b * layout.block_bytes());
-            let ahead = start.wrapping_add(b * stride + AHEAD);
-            for i in 0..stride.div_ceil(LINE) {
+            let ahead = block.wrapping_add(AHEAD);
+            for i in 0..layout.block_bytes() / LINE {
                 s.prefetch(ahead.wrapping_add(LINE * i));
             }
+            s.prefetch(scale_bytes.wrapping_add(b * layout.unit_bytes / layout.unit + panel.len()));
             for p in 0..P {
                 let codes = codes::<S, F>(s, block.add(4 * S::OUTS * p));
                 let (scale, min) = scales::<S, F>(s, scale_bytes, b, S::OUTS * p);

@@ -67,7 +67,8 @@ fn documents_are_those_of_the_naive_twin_whatever_the_batch() {
         let expected: Vec<Vec<u32>> = (0..11).map(|i| naive(&model, 9, 5, i)).collect();
         assert!(expected.iter().flatten().all(|t| !config.eos_token_ids.contains(t)));
         for (documents, batch) in [(11, 1), (11, 2), (11, 3), (11, 10), (11, 64), (4, 2)] {
-            let found = sample(&exec(), &engine(&model), &options(documents, 9, 5), batch, &mut Silent).unwrap();
+            let found =
+                sample(&exec(), &engine(&model), &options(documents, 9, 5), batch, &mut Silent).unwrap();
             assert_eq!(found, expected[..documents], "{:?}, batch {batch}", config.eos_token_ids);
         }
     }
@@ -92,7 +93,10 @@ fn hybrids_are_sampled_as_well() {
 fn only_ends_left_or_none() {
     let all_but = |id: u32| (0..61).filter(|&t| t != id).collect();
     let model = tiny_model(&ModelConfig { eos_token_ids: all_but(7), ..tiny_config() }, 3);
-    assert_eq!(sample(&exec(), &engine(&model), &options(3, 5, 1), 2, &mut Silent).unwrap(), vec![vec![7; 5]; 3]);
+    assert_eq!(
+        sample(&exec(), &engine(&model), &options(3, 5, 1), 2, &mut Silent).unwrap(),
+        vec![vec![7; 5]; 3]
+    );
     let model = tiny_model(&ModelConfig { eos_token_ids: all_but(61), ..tiny_config() }, 3);
     let error = sample(&exec(), &engine(&model), &options(3, 5, 1), 2, &mut Silent).unwrap_err();
     assert!(matches!(error, TrainError::Model(ModelError::Sampler(_))), "{error}");
