@@ -29,7 +29,8 @@ assert abs(ratio - 1) < PERPLEXITY_TOLERANCE
 ends = run("inspect", "smollm2-135m", "--json")["config"]["eos_token_ids"]
 compared = 0
 for case in golden["greedy"]:
-    got = run("generate", "--model", "smollm2-135m", "--prompt", case["prompt"], "--max-tokens", str(len(case["continuation"])), "--json")
+    exact = ["--weights", "f32", "--kv-type", "f32"]
+    got = run("generate", "--model", "smollm2-135m", *exact, "--prompt", case["prompt"], "--max-tokens", str(len(case["continuation"])), "--json")
     assert got["prompt_tokens"] == len(case["tokens"]), case["prompt"]
     shorter = len(got["tokens"]) < len(case["continuation"])
     for step, (mine, theirs, gap) in enumerate(zip(got["tokens"], case["continuation"], case["gaps"])):
