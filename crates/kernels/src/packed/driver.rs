@@ -191,7 +191,7 @@ impl Target<'_> {
         if m == 0 || panels == 0 {
             return;
         }
-        let row_bytes = self.weight.cols().max(1) * size_of::<f32>();
+        let row_bytes = self.weight.cols().max(1) * self.route.form().bytes();
         let most_rows = (ROW_BLOCK_BYTES / row_bytes).max(self.tile_rows);
         self.row_blocks = m.div_ceil(most_rows);
         self.rows = m.div_ceil(self.row_blocks).next_multiple_of(self.tile_rows);

@@ -17,6 +17,17 @@ pub(super) enum Form {
     Blocks,
 }
 
+impl Form {
+    /// Bytes per value.
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Blocks => 1,
+        }
+    }
+}
+
 /// Most values of a tile: rows × panels × 16 of any route.
 pub(super) const TILE_VALUES: usize = 32 * 4 * PANEL;
 
@@ -27,9 +38,9 @@ pub(super) enum Route {
     Vector(Dtype),
     /// f32 tiles; F16 and BF16 panels are widened first.
     Tile(Dtype),
-    /// `vdpbf16ps` tiles on BF16 panels as packed.
+    /// `vdpbf16ps` tiles on BF16 panels as packed; quantised panels are dequantised to BF16 first.
     #[cfg(target_arch = "x86_64")]
-    Bf16,
+    Bf16(Dtype),
     /// AMX tiles on BF16 panels as packed; quantised panels are dequantised to BF16 first.
     #[cfg(target_arch = "x86_64")]
     Amx(Dtype),
@@ -71,8 +82,14 @@ impl Route {
             {
                 Self::Amx(dtype)
             }
+            // Also for quantised weights: activations of 8 bits would cost ten times the divergence and gain a tenth of the time (docs/log).
             #[cfg(target_arch = "x86_64")]
-            Dtype::BF16 if isa.level() >= IsaLevel::Avx512Bf16 => Self::Bf16,
+            _ if isa.level() >= IsaLevel::Avx512Bf16
+                && rows > MATVEC_ROWS
+                && !matches!(dtype, Dtype::F32 | Dtype::F16) =>
+            {
+                Self::Bf16(dtype)
+            }
             _ if dtype.is_plain() => Self::Tile(dtype),
             _ if rows <= MATVEC_ROWS => Self::QuantVector(dtype),
             _ => Self::QuantTile(dtype),
@@ -83,7 +100,7 @@ impl Route {
         match self {
             Self::Vector(_) | Self::Tile(_) => Form::F32,
             #[cfg(target_arch = "x86_64")]
-            Self::Bf16 | Self::Amx(_) => Form::Bf16,
+            Self::Bf16(_) | Self::Amx(_) => Form::Bf16,
             Self::QuantVector(_) | Self::QuantTile(_) => Form::Blocks,
         }
     }
@@ -93,7 +110,7 @@ impl Route {
             Self::Vector(_) | Self::QuantVector(_) => (MATVEC_ROWS, 1),
             Self::Tile(_) => dense_f32::tile_shape(isa),
             #[cfg(target_arch = "x86_64")]
-            Self::Bf16 => dense_bf16::SHAPE,
+            Self::Bf16(_) => dense_bf16::SHAPE,
             #[cfg(target_arch = "x86_64")]
             Self::Amx(_) => amx::SHAPE,
             Self::QuantTile(dtype) => quant::tile_shape(isa, dtype),
@@ -104,7 +121,9 @@ impl Route {
         match self {
             Self::Tile(Dtype::F16 | Dtype::BF16) => padded(cols) * PANEL * size_of::<f32>(),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(dtype) if dtype != Dtype::BF16 => padded(cols) * PANEL * size_of::<u16>(),
+            Self::Bf16(dtype) | Self::Amx(dtype) if dtype != Dtype::BF16 => {
+                padded(cols) * PANEL * size_of::<u16>()
+            }
             Self::QuantTile(dtype) => quant::expanded_bytes(isa, dtype, cols),
             _ => 0,
         }
@@ -123,7 +142,9 @@ impl Route {
         match self {
             Self::Tile(dtype) => dense_f32::widen(isa, dtype, cols, panel, cast_mut(scratch)),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(dtype) => quant::expand_bf16(isa, dtype, cols, panel, cast_mut(scratch)),
+            Self::Bf16(dtype) | Self::Amx(dtype) => {
+                quant::expand_bf16(isa, dtype, cols, panel, cast_mut(scratch))
+            }
             Self::QuantTile(dtype) => quant::expand(isa, dtype, cols, panel, scratch),
             _ => unreachable!("{self:?} expands nothing"),
         }
@@ -152,8 +173,8 @@ impl Route {
                 dense_f32::tile(isa, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Bf16 => {
-                let packed = weight.panels_at(panel, panels);
+            Self::Bf16(dtype) => {
+                let packed = if dtype == Dtype::BF16 { weight.panels_at(panel, panels) } else { expanded };
                 let (x, stride) = x.bf16_rows();
                 dense_bf16::tile(isa, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
             }

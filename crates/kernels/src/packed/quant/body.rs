@@ -353,37 +353,28 @@ pub(super) unsafe fn expand_bf16<S: Lanes, F: Format, const P: usize>(
     out: &mut [u16],
 ) {
     let layout = F::LAYOUT;
-    let mut bytes = [0u8; LINE * QUADS];
-    let mut scale = [[0.0f32; PANEL]; 2];
-    let mut min = [0.0f32; PANEL];
+    let (one, zero) = (s.splat(1.0), s.splat(-(layout.zero as f32)));
     for (b, out) in out.chunks_exact_mut(BLOCK * PANEL).take(blocks).enumerate() {
-        // SAFETY: as the caller vouches; the three buffers hold 16 rows.
+        // SAFETY: as the caller vouches; the offsets stay within this block's `16 · BLOCK` outputs.
         unsafe {
             let block = panel.as_ptr().add(b * layout.block_bytes());
             let scale_bytes = panel.as_ptr().add(blocks * layout.block_bytes());
             for p in 0..P {
                 let codes = codes::<S, F>(s, block.add(4 * S::OUTS * p));
+                let (scales, min) = scales::<S, F>(s, scale_bytes, b, S::OUTS * p);
                 for q in 0..QUADS {
-                    s.store(codes[q], bytes.as_mut_ptr().add(LINE * q + 4 * S::OUTS * p));
-                }
-                let (scales, mins) = scales::<S, F>(s, scale_bytes, b, S::OUTS * p);
-                for g in 0..2 {
-                    s.store_f32(scales[g], scale[g].as_mut_ptr().add(S::OUTS * p));
-                }
-                if layout.min {
-                    s.store_f32(mins, min.as_mut_ptr().add(S::OUTS * p));
-                }
-            }
-        }
-        for (q, (out, bytes)) in out.chunks_exact_mut(4 * PANEL).zip(bytes.chunks_exact(LINE)).enumerate() {
-            let scale = &scale[2 * q / QUADS];
-            for half in 0..2 {
-                for r in 0..PANEL {
-                    for e in 0..2 {
-                        let code = i32::from(bytes[4 * r + 2 * half + e]) - layout.zero;
-                        let value = scale[r] * code as f32 + min[r];
-                        let bits = value.to_bits();
-                        out[2 * PANEL * half + 2 * r + e] = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+                    for half in 0..2 {
+                        let mut values = [one; 2];
+                        for e in 0..2 {
+                            // Rounded after the product and after the sum, as dequantisation is.
+                            let code = s.fma(s.byte(codes[q], 2 * half + e), one, zero);
+                            values[e] = s.mul(scales[2 * q / QUADS], code);
+                            if layout.min {
+                                values[e] = s.fma(values[e], one, min);
+                            }
+                        }
+                        let at = 4 * PANEL * q + 2 * PANEL * half + 2 * S::OUTS * p;
+                        s.store_pairs(values[0], values[1], out.as_mut_ptr().add(at));
                     }
                 }
             }

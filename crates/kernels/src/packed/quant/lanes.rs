@@ -66,6 +66,40 @@ pub(super) trait Lanes: Copy {
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Asks for the cache line at `at`, which may lie anywhere.
     fn prefetch(self, at: *const u8);
+
+    /// Byte `e` of the four of every row, as a float.
+    #[inline(always)]
+    fn byte(self, b: Self::B, e: usize) -> Self::F {
+        let mut bytes = [0u8; 64];
+        let mut floats = [0.0f32; 16];
+        // SAFETY: a register holds at most 16 rows, so the arrays take the store and give the load.
+        unsafe {
+            self.store(b, bytes.as_mut_ptr());
+            for r in 0..Self::OUTS {
+                floats[r] = f32::from(bytes[4 * r + e]);
+            }
+            self.load_f32(floats.as_ptr())
+        }
+    }
+    /// Writes two bf16 per row, rounded to nearest even.
+    ///
+    /// # Safety
+    /// `at` has room for `2 · OUTS` values.
+    #[inline(always)]
+    unsafe fn store_pairs(self, even: Self::F, odd: Self::F, at: *mut u16) {
+        let mut floats = [[0.0f32; 16]; 2];
+        // SAFETY: a register holds at most 16 rows; the caller's room.
+        unsafe {
+            self.store_f32(even, floats[0].as_mut_ptr());
+            self.store_f32(odd, floats[1].as_mut_ptr());
+            for r in 0..Self::OUTS {
+                for (e, floats) in floats.iter().enumerate() {
+                    let bits = floats[r].to_bits();
+                    at.add(2 * r + e).write(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16);
+                }
+            }
+        }
+    }
 }
 
 /// Plain arrays of one whole line.

@@ -172,6 +172,30 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
+    #[inline(always)]
+    fn byte(self, b: __m512i, e: usize) -> __m512 {
+        // SAFETY: token.
+        unsafe {
+            let moved = _mm512_srl_epi32(b, _mm_cvtsi32_si128(8 * e as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(255)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, even: __m512, odd: __m512, at: *mut u16) {
+        // SAFETY: token; the caller's 64 bytes.
+        unsafe {
+            let rounded = |v: __m512| {
+                let bits = _mm512_castps_si512(v);
+                let lowest = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lowest)
+            };
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            // even's upper half moved down, odd's kept: (even >> 16) | (odd & high).
+            let pairs =
+                _mm512_ternarylogic_epi32::<0xf8>(_mm512_srli_epi32::<16>(rounded(even)), rounded(odd), high);
+            _mm512_storeu_si512(at.cast(), pairs);
+        }
+    }
 }
 
 impl Lanes for Avx2 {
