@@ -15,10 +15,11 @@ const TYPES: [&str; 11] =
 
 /// Write a model into one GGUF file, with its tokenizer and chat template, quantised with --weights.
 ///
-/// A base model's file can be read by llama.cpp as well. A hybrid's file has the architecture `recurformer`, holds its plan, and
-/// is for this command only. Either is a --model for every command. Norms, biases and the small tensors of recurrent heads
-/// stay F32; the embedding is stored as Q8_0 with types of 4 and 5 bits; rows that are not whole blocks take a type of similar
-/// size that fits them, which the output tells.
+/// A base model's file can be read by llama.cpp as well. A hybrid's file has the architecture
+/// `recurformer`, holds its plan, and only this project reads it. Either is a --model for every command.
+/// Norms, biases and the small tensors of recurrent heads stay F32; the embedding is stored as Q8_0 with
+/// types of 4 and 5 bits; rows that are not whole blocks take a type of similar size that fits them,
+/// which the output tells.
 ///
 /// Examples:
 ///   recurformer export --model hybrid --gguf hybrid.gguf
