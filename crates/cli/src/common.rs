@@ -92,8 +92,7 @@ fn weight_type(name: &str) -> Result<WeightType, String> {
 
 /// An element type by its name in lower case.
 pub fn dtype(name: &str) -> Result<Dtype, String> {
-    let find = |dtype: &Dtype| dtype.name().eq_ignore_ascii_case(name);
-    Dtype::ALL.into_iter().find(find).ok_or_else(|| {
+    Dtype::parse(name).ok_or_else(|| {
         let names: Vec<String> = Dtype::ALL.iter().map(|d| d.name().to_ascii_lowercase()).collect();
         format!("unknown element type; there are {}", names.join(", "))
     })

@@ -7,7 +7,11 @@ use common::{
     Share, VOCAB, all_models, base, configs, engine_of, exec, hybrid, plan, relative_error, specs, tokens,
 };
 use kernels::Exec;
-use recurformer_model::{Cache, Engine, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch};
+use kernels::kv::KvType;
+use kernels::quant::Dtype;
+use recurformer_model::{
+    Cache, Engine, EngineOptions, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch,
+};
 
 /// Largest difference between orders of summation as a share of the logits' root mean square: f32 rounding (6e-8) through a few layers
 /// and some dozens of recurrent steps stays two orders below.
@@ -324,4 +328,40 @@ fn bad_input_changes_nothing() {
     assert!(matches!(run(batch(301, 0)), Err(ModelError::Context { requested: 301, limit: 300 })));
     assert!(matches!(run(batch(2, 99)), Err(ModelError::Token { token: 99, position: 0, .. })));
     assert!(run(batch(0, 0)).unwrap().is_empty());
+}
+
+/// Half a unit in the last place, relative: 11 and 8 binary digits, and a 254th of a row's largest value.
+const F16_UNIT: f64 = 1.0 / 4096.0;
+const BF16_UNIT: f64 = 1.0 / 512.0;
+const Q8_UNIT: f64 = 1.0 / 254.0;
+/// How much these random models amplify a rounding of every value: 38 is the most seen (bf16 weights), of any type alike.
+const AMPLIFICATION: f64 = 60.0;
+/// Types of cache and weights, and the coarsest rounding in them. Prefill multiplies f16 caches in bf16 where the CPU has that.
+const ROUNDED: [(KvType, Option<Dtype>, f64); 6] = [
+    (KvType::F16, Some(Dtype::F32), BF16_UNIT),
+    (KvType::Bf16, Some(Dtype::F32), BF16_UNIT),
+    (KvType::Q8, Some(Dtype::F32), Q8_UNIT),
+    (KvType::F32, Some(Dtype::F16), F16_UNIT),
+    (KvType::F32, Some(Dtype::BF16), BF16_UNIT),
+    (KvType::F16, None, BF16_UNIT),
+];
+
+#[test]
+fn smaller_types_compute_nearly_the_same_in_every_way() {
+    for config in configs() {
+        for (name, model) in all_models(&config) {
+            let (exec, tokens) = (exec(), tokens(TOKENS, 5));
+            let exact = full(&model, &tokens);
+            for (kv_type, weights, unit) in ROUNDED {
+                let options = EngineOptions { weights, kv_type };
+                let engine = Engine::from_model(&exec, &model, options).unwrap();
+                for chunks in [&[TOKENS][..], &[1], &[7, 1, 13]] {
+                    let (found, cache) = chunked(&engine, &tokens, chunks);
+                    let error = relative_error(&found, &exact);
+                    assert!(error < AMPLIFICATION * unit, "{name} {options:?}, chunks {chunks:?}: {error:e}");
+                    assert_eq!(cache.bytes(), engine.cache_bytes(TOKENS), "{name} {options:?}");
+                }
+            }
+        }
+    }
 }

@@ -11,7 +11,7 @@ mod reader;
 mod tests;
 mod writer;
 
-pub use export::{Export, ExportFile, ExportTensor, parse_dtype};
+pub use export::{Export, ExportFile, ExportTensor};
 pub use names::{gguf_name, hf_name};
 pub use reader::{GgufHeader, GgufTensor, Metadata, Value, parse};
 pub use writer::{GgufOut, GgufWriter, MetadataBuilder};

@@ -1,13 +1,13 @@
 //! `export`: one GGUF file of a model, quantised if asked for.
 
-use crate::common::{ExecArgs, check_output, open, print_json, usage};
+use crate::common::{ExecArgs, check_output, dtype, open, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use eval::report::bytes;
 use model::{HeadPlan, Progress};
 use serde_json::json;
 use std::path::PathBuf;
-use weights::gguf::{Export, parse_dtype};
+use weights::gguf::Export;
 
 /// Element types of `--weights`.
 const TYPES: [&str; 11] =
@@ -56,9 +56,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         bail!("{} exists already\nhint: choose another --gguf or remove it", args.gguf.display());
     }
     check_output(&args.gguf, true)?;
-    let Some(wanted) = parse_dtype(&args.weights) else {
-        return Err(usage(format!("unknown element type {}", args.weights)));
-    };
+    let wanted = dtype(&args.weights).map_err(usage)?;
     let checkpoint = open(&args.model, ui)?;
     let plan = checkpoint
         .plan_json

@@ -77,6 +77,11 @@ impl Dtype {
         }
     }
 
+    /// The type of that [`name`](Self::name), in any case.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name().eq_ignore_ascii_case(name))
+    }
+
     /// Whether values are stored one by one (F32, F16, BF16), as safetensors can hold them.
     pub fn is_plain(self) -> bool {
         self.block().0 == 1

@@ -37,11 +37,6 @@ const NOT_COPIED: [&str; 6] = [
     "split.tensors.count",
 ];
 
-/// The element type of a name such as `q4_k` (in any case).
-pub fn parse_dtype(name: &str) -> Option<Dtype> {
-    Dtype::ALL.into_iter().find(|dtype| dtype.name().eq_ignore_ascii_case(name))
-}
-
 /// A tensor of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportTensor {

@@ -213,8 +213,8 @@ fn types_follow_rows_and_purpose() {
         assert_eq!(notes.contains("rows are not whole blocks"), !wanted.is_plain(), "{notes}");
         assert_eq!(notes.contains("embedding"), embedding != wanted, "{notes}");
     }
-    assert_eq!(parse_dtype("q4_K"), Some(Dtype::Q4K));
-    assert_eq!(parse_dtype("q3_k"), None);
+    assert_eq!(Dtype::parse("q4_K"), Some(Dtype::Q4K));
+    assert_eq!(Dtype::parse("q3_k"), None);
 }
 
 #[test]
