@@ -19,6 +19,7 @@ use train::data::Split;
 /// Examples:
 ///   recurformer eval ppl --model healed --base smollm2-135m --data english-small --context 1024
 ///   recurformer eval kl --model healed --base smollm2-135m --data book.txt
+///   recurformer eval kl --model smollm2-135m --base smollm2-135m --data book.txt --weights q8_0 --chunk 1
 ///   recurformer eval passkey --model healed --base smollm2-135m --contexts 512,1024,2048
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -59,6 +60,9 @@ struct TextArgs {
     /// At most this many tokens of each file.
     #[arg(long)]
     max_tokens: Option<usize>,
+    /// Tokens that the model reads together; 1 judges the arithmetic of generating, token by token (slow). Default: as prompts are read.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    chunk: Option<u32>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -107,7 +111,10 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
         return Err(usage("eval kl needs --base"));
     }
     let exec = args.exec.exec()?;
-    let model = run_engine(&args.model, args.engine.options(EngineOptions::EXACT), &exec, ui)?;
+    let mut model = run_engine(&args.model, args.engine.options(EngineOptions::EXACT), &exec, ui)?;
+    if let Some(chunk) = args.chunk {
+        model.engine.chunk = chunk as usize;
+    }
     // The reference is exact, whatever types the model runs in.
     let base =
         args.base.as_deref().map(|name| run_engine(name, EngineOptions::EXACT, &exec, ui)).transpose()?;

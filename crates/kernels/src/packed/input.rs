@@ -4,7 +4,7 @@
 use super::buffer::{Element, LINE, Lines};
 use super::kernel::{Form, Route};
 use super::quant::{self, Blocks};
-use super::{PAD, Packed, padded};
+use super::{MATVEC_ROWS, PAD, Packed, padded};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 use crate::{Exec, Isa, MatRef};
@@ -143,10 +143,11 @@ impl Input {
         let f32_out = RowsOut::<f32>::new(&mut self.f32, rows, stride);
         let bf16_rows = if forms.bf16 { rows + ROW_PAD } else { 0 };
         let bf16_out = RowsOut::<u16>::new(&mut self.bf16, bf16_rows, stride);
+        let parts = if rows <= MATVEC_ROWS { quant::FINE } else { 1 };
         let block_rows = if forms.blocks { rows } else { 0 };
-        let codes_out = RowsOut::<i8>::new(&mut self.codes, block_rows, codes_stride(cols));
-        let scales_out = RowsOut::<f32>::new(&mut self.scales, block_rows, blocks);
-        let sums_out = RowsOut::<i32>::new(&mut self.sums, block_rows, blocks);
+        let codes_out = RowsOut::<i8>::new(&mut self.codes, block_rows, parts * codes_stride(cols));
+        let scales_out = RowsOut::<f32>::new(&mut self.scales, block_rows, parts * blocks);
+        let sums_out = RowsOut::<i32>::new(&mut self.sums, block_rows, parts * blocks);
         let isa = exec.isa();
         let one = |row: usize| {
             // SAFETY: `row < rows` for which the buffers were grown above, and every row is visited once.
@@ -161,8 +162,9 @@ impl Input {
                 // SAFETY: as above.
                 let (codes, scales, sums) =
                     unsafe { (codes_out.row(row), scales_out.row(row), sums_out.row(row)) };
-                codes[cols..].fill(0);
-                quant::quantize_activations(isa, &f32_row[..cols], &mut codes[..cols], scales, sums);
+                let stride = codes_stride(cols);
+                codes.chunks_exact_mut(stride).for_each(|part| part[cols..].fill(0));
+                quant::quantize_activations(isa, &f32_row[..cols], parts, (codes, stride), scales, sums);
             }
         };
         if exec.threads() == 1 || rows < 2 || rows * cols < MIN_PARALLEL_VALUES {

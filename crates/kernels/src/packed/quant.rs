@@ -22,14 +22,19 @@ use body::Format;
 use lanes::Lanes;
 use layout::{BLOCK, layout};
 
-/// Activations in 8-bit blocks of 32 columns; row `r` starts at `r * stride` (codes) and `r * blocks` (the others).
+/// Parts of a row of activations of [`matvec`]: 16-bit activations at the cost of a second integer product, which waiting for
+/// the weights hides (docs/log).
+pub(super) const FINE: usize = 2;
+
+/// Activations in blocks of 32 columns of 8-bit codes, each row in one part ([`tile`]) or [`FINE`] ([`matvec`]), which lie one after
+/// another as if they were rows; row `r` of them starts at `r * stride` (codes) and `r * blocks` (the others).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Blocks<'a> {
     /// `[rows][stride]`, from −127 to 127.
     pub codes: &'a [i8],
     /// Values per row of `codes` including padding (zeros): a multiple of 64.
     pub stride: usize,
-    /// `[rows][blocks]`: value = code · scale.
+    /// `[rows][blocks]`: value = code · scale, summed over the parts.
     pub scales: &'a [f32],
     /// `[rows][blocks]`: sums of the block's codes, see [`halves`].
     pub sums: &'a [i32],
@@ -48,7 +53,7 @@ pub(super) fn panel_bytes(dtype: Dtype, cols: usize) -> usize {
     layout(dtype).panel_bytes(cols / BLOCK)
 }
 
-/// `rows` (1 to 4) rows of activations from `row` on, times one packed panel, into `tile` `[rows][16]`.
+/// `rows` (1 to 4) rows of activations, each in [`FINE`] parts, from `row` on, times one packed panel, into `tile` `[rows][16]`.
 ///
 /// # Panics
 /// When a slice is too short for that.
@@ -64,7 +69,7 @@ pub(super) fn matvec(
     tile: &mut [f32],
 ) {
     assert!(panel.len() >= panel_bytes(dtype, cols), "panel of {} bytes", panel.len());
-    check(cols, &x, row, rows);
+    check(cols, &x, FINE * row, FINE * rows);
     assert!(tile.len() >= 16 * rows, "tile of {} values", tile.len());
     run(isa, dtype, MatVec { panel, x, row, rows, tile });
 }

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use weights::{Checkpoint, ModelConfig};
 use workspace::Workspace;
 
-/// Most tokens of one sequence that go through the layers together: enough for the products' best speed, few enough for the CPU's caches.
+/// Default of [`Engine::chunk`]: enough for the products' best speed, few enough for the CPU's caches.
 const CHUNK: usize = 512;
 
 /// Which logits a forward pass returns.
@@ -67,6 +67,8 @@ pub struct Engine {
     pub plan: HeadPlan,
     /// Most tokens of one sequence, the configuration's `max_context` unless raised by the caller.
     pub context_limit: usize,
+    /// Most tokens of one sequence that go through the layers together, at least 1. Up to 4 take the path that generating takes.
+    pub chunk: usize,
     layers: Vec<Layer>,
     embed: Packed,
     /// The output projection; the embedding when absent.
@@ -121,6 +123,7 @@ impl Engine {
             inv_freq: config.rope_inv_freq(),
             cache: Arc::new(CacheShape::new(config, &plan, head, options.kv_type)),
             context_limit: config.max_context,
+            chunk: CHUNK,
             config: config.clone(),
             plan,
             head,
@@ -180,7 +183,7 @@ impl Engine {
         logits.clear();
         self.check_append(tokens, cache)?;
         let mut ws = self.workspace();
-        let chunks = tokens.chunks(CHUNK);
+        let chunks = tokens.chunks(self.chunk);
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
             self.append(exec, chunk, &mut [&mut *cache], &mut ws);
@@ -205,7 +208,7 @@ impl Engine {
         self.check_append(tokens, cache)?;
         let mut ws = self.workspace();
         let mut hidden = Vec::with_capacity(tokens.len() * self.config.d_model);
-        for chunk in tokens.chunks(CHUNK) {
+        for chunk in tokens.chunks(self.chunk) {
             self.append(exec, chunk, &mut [&mut *cache], &mut ws);
             let mut normed = vec![0.0; ws.h.len()];
             kernels::elementwise::rms_norm(exec, &ws.h, &self.norm, self.config.rms_eps, &mut normed);

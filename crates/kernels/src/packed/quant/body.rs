@@ -1,9 +1,9 @@
 //! The quantised kernels, written once over [`Lanes`]: decoding, products straight off a panel, products of an expanded
 //! panel. Knows layouts and registers; knows nothing of threads.
 
-use super::Blocks;
 use super::lanes::Lanes;
 use super::layout::{BLOCK, LINE, Layout, SUBS, layout};
+use super::{Blocks, FINE};
 use crate::packed::PANEL;
 use crate::quant::Dtype;
 
@@ -146,10 +146,10 @@ impl Row {
     }
 }
 
-/// `M` rows of activations times one panel; `P` registers make up 16 rows of weights.
+/// `M` rows of activations, each in [`FINE`] parts, times one panel; `P` registers make up 16 rows of weights.
 ///
 /// # Safety
-/// The panel has `x.blocks` blocks, `x` has rows `row..row + M`, `tile` has `16 · M` values.
+/// The panel has `x.blocks` blocks, `x` has both parts of rows `row..row + M`, `tile` has `16 · M` values.
 #[inline(always)]
 pub(super) unsafe fn matvec<S: Lanes, F: Format, const M: usize, const P: usize>(
     s: S,
@@ -160,9 +160,11 @@ pub(super) unsafe fn matvec<S: Lanes, F: Format, const M: usize, const P: usize>
 ) {
     let layout = F::LAYOUT;
     let blocks = x.blocks;
-    let mut rows = [Row::of(x, row); M];
-    for (r, out) in rows.iter_mut().enumerate() {
-        *out = Row::of(x, row + r);
+    let mut rows = [[Row::of(x, FINE * row); FINE]; M];
+    for (r, parts) in rows.iter_mut().enumerate() {
+        for (part, out) in parts.iter_mut().enumerate() {
+            *out = Row::of(x, FINE * (row + r) + part);
+        }
     }
     let mut sums = [[s.splat(0.0); P]; M];
     // SAFETY: blocks, rows and registers stay below the counts that the caller vouches for.
@@ -180,20 +182,24 @@ pub(super) unsafe fn matvec<S: Lanes, F: Format, const M: usize, const P: usize>
                 let codes = codes::<S, F>(s, block.add(4 * S::OUTS * p));
                 let (scale, min) = scales::<S, F>(s, scale_bytes, b, S::OUTS * p);
                 for r in 0..M {
-                    let x = rows[r];
-                    let (d, packed) = (*x.scales.add(b), *x.sums.add(b));
-                    let starts = starts::<S>(layout, packed);
-                    for g in 0..layout.groups {
-                        let mut acc = s.start(starts[g]);
-                        for q in 0..QUADS / layout.groups {
-                            let q = q + g * QUADS / 2;
-                            acc = dot::<S, F>(s, acc, codes[q], x.quad(QUADS * b + q));
+                    let mut offset = 0.0;
+                    for part in 0..FINE {
+                        let x = rows[r][part];
+                        let (d, packed) = (*x.scales.add(b), *x.sums.add(b));
+                        let starts = starts::<S>(layout, packed);
+                        for g in 0..layout.groups {
+                            let mut acc = s.start(starts[g]);
+                            for q in 0..QUADS / layout.groups {
+                                let q = q + g * QUADS / 2;
+                                acc = dot::<S, F>(s, acc, codes[q], x.quad(QUADS * b + q));
+                            }
+                            sums[r][p] = s.fma(s.total(acc), s.mul(scale[g], s.splat(d)), sums[r][p]);
                         }
-                        sums[r][p] = s.fma(s.total(acc), s.mul(scale[g], s.splat(d)), sums[r][p]);
+                        let (first, second) = super::halves(packed);
+                        offset += d * (first + second) as f32;
                     }
                     if layout.min {
-                        let (first, second) = super::halves(packed);
-                        sums[r][p] = s.fma(min, s.splat(d * (first + second) as f32), sums[r][p]);
+                        sums[r][p] = s.fma(min, s.splat(offset), sums[r][p]);
                     }
                 }
             }

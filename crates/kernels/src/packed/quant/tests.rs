@@ -61,8 +61,9 @@ fn bytes_of(x: &[u32]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), 4 * x.len()) }
 }
 
-/// Activations with their quantised form.
+/// Activations with their quantised form, in one part or more.
 struct Activations {
+    parts: usize,
     codes: Vec<i8>,
     scales: Vec<f32>,
     sums: Vec<i32>,
@@ -71,26 +72,27 @@ struct Activations {
 }
 
 impl Activations {
-    fn new(isa: Isa, x: &[f32], rows: usize, cols: usize) -> Self {
+    fn new(isa: Isa, x: &[f32], parts: usize, rows: usize, cols: usize) -> Self {
         let stride = cols.next_multiple_of(64);
-        let blocks = cols / 32;
+        let per_row = parts * (cols / 32);
         let (mut codes, mut scales, mut sums) =
-            (vec![0; rows * stride], vec![0.0; rows * blocks], vec![0; rows * blocks]);
+            (vec![0; rows * parts * stride], vec![0.0; rows * per_row], vec![0; rows * per_row]);
         for r in 0..rows {
             quantize_activations(
                 isa,
                 &x[r * cols..(r + 1) * cols],
-                &mut codes[r * stride..],
-                &mut scales[r * blocks..(r + 1) * blocks],
-                &mut sums[r * blocks..],
+                parts,
+                (&mut codes[r * parts * stride..], stride),
+                &mut scales[r * per_row..(r + 1) * per_row],
+                &mut sums[r * per_row..],
             );
         }
-        Self { codes, scales, sums, rows, cols }
+        Self { parts, codes, scales, sums, rows, cols }
     }
     fn blocks(&self) -> Blocks<'_> {
         Blocks {
             codes: &self.codes,
-            stride: self.codes.len() / self.rows,
+            stride: self.codes.len() / self.rows / self.parts,
             scales: &self.scales,
             sums: &self.sums,
             blocks: self.cols / 32,
@@ -99,9 +101,11 @@ impl Activations {
     /// The values that the codes stand for.
     fn exact(&self, row: usize) -> Vec<f64> {
         let x = self.blocks();
-        let value =
-            |i: usize| f64::from(x.codes[row * x.stride + i]) * f64::from(x.scales[row * x.blocks + i / 32]);
-        (0..self.cols).map(value).collect()
+        let part = |row: usize, i: usize| {
+            f64::from(x.codes[row * x.stride + i]) * f64::from(x.scales[row * x.blocks + i / 32])
+        };
+        let rows = row * self.parts..(row + 1) * self.parts;
+        (0..self.cols).map(|i| rows.clone().map(|row| part(row, i)).sum()).collect()
     }
 }
 
@@ -118,26 +122,29 @@ fn assert_row(what: &str, got: &[f32], x: &[f64], weights: &[f32]) {
     }
 }
 
-/// All kernels of one panel set against the reference.
-fn check_products(isa: Isa, dtype: Dtype, cols: usize, outs: usize, stored: &[u8], x: &Activations) {
+/// All kernels of one panel set against the reference, on `x` `[rows, cols]`.
+fn check_products(isa: Isa, dtype: Dtype, (outs, cols): (usize, usize), stored: &[u8], x: &[f32]) {
+    let x_rows = x.len() / cols;
+    let [coarse, fine] = [1, FINE].map(|parts| Activations::new(isa, x, parts, x_rows, cols));
     let mut weights = vec![0.0; outs * cols];
     dequantize(dtype, stored, &mut weights);
     let packed = panels(dtype, cols, stored);
-    let exact: Vec<Vec<f64>> = (0..x.rows).map(|row| x.exact(row)).collect();
-    let what = format!("{isa} {} [{outs}, {cols}] m {}", dtype.name(), x.rows);
+    let exact = |x: &Activations| (0..x_rows).map(|row| x.exact(row)).collect::<Vec<_>>();
+    let (exact, exact_fine) = (exact(&coarse), exact(&fine));
+    let what = format!("{isa} {} [{outs}, {cols}] m {x_rows}", dtype.name());
     let wanted = |panel: usize| &weights[16 * panel * cols..(16 * (panel + 1)).min(outs) * cols];
     let out_count = |panel: usize| (outs - 16 * panel).min(16);
 
     for (p, panel) in packed.iter().enumerate() {
-        for row in (0..x.rows).step_by(4) {
-            let rows = (x.rows - row).min(4);
+        for row in (0..x_rows).step_by(4) {
+            let rows = (x_rows - row).min(4);
             let mut tile = vec![f32::NAN; 16 * rows];
-            matvec(isa, dtype, cols, bytes_of(panel), x.blocks(), row, rows, &mut tile);
+            matvec(isa, dtype, cols, bytes_of(panel), fine.blocks(), row, rows, &mut tile);
             for (r, tile) in tile.chunks_exact(16).enumerate() {
                 assert_row(
                     &format!("{what} vector row {r}"),
                     &tile[..out_count(p)],
-                    &exact[row + r],
+                    &exact_fine[row + r],
                     wanted(p),
                 );
                 assert!(tile[out_count(p)..].iter().all(|&v| v == 0.0), "{what}: padded rows are zero");
@@ -151,13 +158,13 @@ fn check_products(isa: Isa, dtype: Dtype, cols: usize, outs: usize, stored: &[u8
         expand(isa, dtype, cols, bytes_of(panel), out);
     }
     let (most_rows, most_panels) = tile_shape(isa, dtype);
-    for row in (0..x.rows).step_by(most_rows) {
-        let rows = (x.rows - row).min(most_rows);
+    for row in (0..x_rows).step_by(most_rows) {
+        let rows = (x_rows - row).min(most_rows);
         for p in (0..packed.len()).step_by(most_panels) {
             let panels = (packed.len() - p).min(most_panels);
             let mut out = vec![f32::NAN; 16 * rows * panels];
             let expanded = &bytes_of(&expanded)[p * size..];
-            tile(isa, dtype, cols, expanded, panels, x.blocks(), row, rows, &mut out);
+            tile(isa, dtype, cols, expanded, panels, coarse.blocks(), row, rows, &mut out);
             for (i, tile) in out.chunks_exact(16).enumerate() {
                 let (r, p) = (i / panels, p + i % panels);
                 assert_row(
@@ -187,8 +194,7 @@ fn products_equal_exact_weights_times_quantised_activations() {
                         if rows > 4 && (rows + outs) % 6 != i {
                             continue;
                         }
-                        let x = Activations::new(isa, &noise(rows as u64, rows * cols), rows, cols);
-                        check_products(isa, dtype, cols, outs, &stored, &x);
+                        check_products(isa, dtype, (outs, cols), &stored, &noise(rows as u64, rows * cols));
                     }
                 }
             }
@@ -204,9 +210,9 @@ fn nothing_saturates_at_the_extremes() {
                 let stored = stored_rows(7, dtype, 16, 256, Some(code));
                 for pattern in [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]] {
                     let x: Vec<f32> = (0..5 * 256).map(|i| pattern[i % 2]).collect();
-                    let x = Activations::new(isa, &x, 5, 256);
-                    assert!(x.codes.iter().all(|&code| code.abs() == 127));
-                    check_products(isa, dtype, 256, 16, &stored, &x);
+                    let codes = Activations::new(isa, &x, 1, 5, 256).codes;
+                    assert!(codes.iter().all(|&code| code.abs() == 127));
+                    check_products(isa, dtype, (16, 256), &stored, &x);
                 }
             }
         }
@@ -267,10 +273,12 @@ fn activations_are_rounded_alike_everywhere() {
     x[200] = f32::NAN;
     x[230] = f32::NEG_INFINITY;
     for isa in Isa::available() {
-        let got = Activations::new(isa, &x, 1, x.len());
-        let scalar = Activations::new(Isa::SCALAR, &x, 1, x.len());
-        assert_eq!(got.codes[..x.len()], scalar.codes[..x.len()], "{isa}");
+        let got = Activations::new(isa, &x, FINE, 1, x.len());
+        let scalar = Activations::new(Isa::SCALAR, &x, FINE, 1, x.len());
+        assert_eq!(got.codes, scalar.codes, "{isa}");
         assert_eq!(got.sums, scalar.sums, "{isa}");
+        let fine = got.exact(0);
+        let got = Activations::new(isa, &x, 1, 1, x.len());
         for (b, (&scale, x)) in got.scales.iter().zip(x.chunks_exact(32)).enumerate() {
             let codes = &got.codes[32 * b..32 * (b + 1)];
             assert!(codes.iter().all(|&code| code != -128), "{isa} block {b}");
@@ -283,6 +291,10 @@ fn activations_are_rounded_alike_everywhere() {
                 assert_eq!((scale, codes), (0.0, &[0; 32][..]), "{isa} block {b}");
             } else {
                 assert_eq!(scale, largest / 127.0);
+                for (&fine, &x) in fine[32 * b..].iter().zip(x) {
+                    let error = (fine - f64::from(x)).abs() / f64::from(largest);
+                    assert!(error <= 1.01 / 64_516.0, "{isa} block {b}: {x} {fine}");
+                }
                 for (&code, &x) in codes.iter().zip(x) {
                     assert!(
                         (f32::from(code) * scale - x).abs() <= 0.5001 * scale,
@@ -329,7 +341,8 @@ fn packed_matrices_multiply_and_requantise() {
                 // Many rows are multiplied in bf16 where the CPU has it, on both sides.
                 let in_bf16 = exec.isa().level() >= IsaLevel::Avx512Bf16 && m > MATVEC_ROWS;
                 let round = |v: &f32| half::bf16::from_f32(*v).to_f32();
-                let blocks = Activations::new(exec.isa(), &x, m, cols);
+                let parts = if m <= MATVEC_ROWS { FINE } else { 1 };
+                let blocks = Activations::new(exec.isa(), &x, parts, m, cols);
                 let rounded: Vec<f32> = weights.iter().map(round).collect();
                 for (row, (out, x)) in out.chunks_exact(outs).zip(x.chunks_exact(cols)).enumerate() {
                     let what = format!("{} {} m {m} row {row}", exec.isa(), dtype.name());
@@ -348,7 +361,7 @@ fn packed_matrices_multiply_and_requantise() {
 #[test]
 fn panics_name_what_is_too_short() {
     let exec = Exec::with_isa(1, Isa::SCALAR).unwrap();
-    let x = Activations::new(exec.isa(), &[1.0; 64], 1, 64);
+    let x = Activations::new(exec.isa(), &[1.0; 64], FINE, 1, 64);
     let refused = std::panic::catch_unwind(|| {
         matvec(Isa::SCALAR, Dtype::Q8_0, 64, &[0; 100], x.blocks(), 0, 1, &mut [0.0; 16]);
     });
