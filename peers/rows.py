@@ -82,6 +82,21 @@ def memory_rows():
     return rows
 
 
+def train_rows():
+    """Training steps against PyTorch's full-weight step on the same batch."""
+    rows = []
+    for step, shape, target in (
+        ("full", "2x512", 2.0), ("full", "1x2048", 2.0), ("align", "2x512", 4.0), ("align", "1x2048", None), ("distill", "2x512", 1.5),
+        ("distill", "1x2048", None),
+    ):
+        what = {"full": "every weight", "align": "heads of all groups (align)", "distill": "new heads of β 0.75 (distill)"}[step]
+        title = f"training step, {what}, {shape.replace('x', ' × ')} / PyTorch's step of every weight"
+        rows.append(Row(f"train/{step}/{shape}", title, (f"train/ours/{step}/{shape}:speed",), (f"train/torch/full/{shape}:speed",), target))
+    sides = [(f"train/{side}/full/2x512:mib",) for side in ("ours", "torch")]
+    rows.append(Row("train/memory", "peak memory of training every weight, 2 × 512 / PyTorch", *sides, 0.5, "at-most-share", "MiB"))
+    return rows
+
+
 def label(model):
     """`base`, or a hybrid by its share of converted groups."""
     return model if model == "base" else f"hybrid {model}"
@@ -89,7 +104,7 @@ def label(model):
 
 def all_rows():
     """Every row, in the table's order."""
-    return decode_rows() + prefill_rows() + memory_rows()
+    return decode_rows() + prefill_rows() + memory_rows() + train_rows()
 
 
 def runs_of(rows):

@@ -1,11 +1,14 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE` or `memory/ours|llama/TYPE`, and gives a dictionary of metrics."""
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/full|distill|align/BATCHxLENGTH`, and gives a dictionary of
+metrics."""
 
+import json
 import statistics
 import subprocess
 from pathlib import Path
 
 from common import Failure, call, call_json
+from install import MODEL
 
 DECODE_STEPS = 32
 CONTEXT = 8192
@@ -13,6 +16,7 @@ DEEP = 32000
 CHOICE_DEPTH = 7900
 FIRST_TOKEN_RUNS = 5
 MEMORY_TOKENS = 8
+TRAIN_STEPS = 4
 FITS = "run `target/release/recurformer --help`: the binary may be older than this script"
 
 
@@ -60,7 +64,7 @@ class Runner:
         kind, *rest = name.split("/")
         return {
             "ours": self.ours, "llama": self.llama, "torch": self.by_torch, "doctor": self.doctor, "first-token": self.first_token,
-            "memory": self.memory,
+            "memory": self.memory, "train": self.train,
         }[kind](*rest)
 
     def bench(self, model, kind, depths):
@@ -128,3 +132,17 @@ class Runner:
                 str(MEMORY_TOKENS), "--kv-type", "f16", "--json",
             )
         return {"mib": call(command, FITS)[2]}
+
+    def train(self, side, step, shape):
+        """Tokens per second of a training step, and the peak resident MiB of the process."""
+        if side == "torch":
+            script = Path(__file__).with_name("torch_train.py")
+            printed, _, mib = call([self.tools.python, script, str(self.tools.threads), shape, str(TRAIN_STEPS)], "memory may be short")
+            return {"speed": float(printed), "mib": mib}
+        batch, length = shape.split("x")
+        command = self.tools.ours(
+            "bench-train", "--model", MODEL, "--steps", step, "--batch", batch, "--context", length, "--repeats", str(TRAIN_STEPS), "--json",
+        )
+        printed, _, mib = call(command, FITS)
+        (result,) = json.loads(printed)["results"]
+        return {"speed": result["tokens_per_s"], "mib": mib}

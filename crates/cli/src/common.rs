@@ -2,9 +2,9 @@
 
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
-use kernels::Exec;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
+use kernels::{Exec, Precision};
 use model::{Engine, EngineOptions, MixerSpec, Model, ModelConfig, RecurrentKind};
 use std::path::{Path, PathBuf};
 use train::data::{self, DataSource, Document, SelfOptions, SequenceStream, Split};
@@ -54,10 +54,43 @@ impl ExecArgs {
     }
 }
 
+/// `--threads` and `--precision` of the commands that train.
+#[derive(clap::Args, Clone, Debug)]
+pub struct TrainExecArgs {
+    #[command(flatten)]
+    exec: ExecArgs,
+    /// Products of the training passes: bf16 (factors rounded, sums and master weights f32) or f32. Default: bf16 where the CPU
+    /// multiplies it.
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionArg>,
+}
+
+/// `--precision`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+pub enum PrecisionArg {
+    /// Everything in f32.
+    F32,
+    /// Factors of large products in bfloat16.
+    Bf16,
+}
+
+impl TrainExecArgs {
+    /// The execution context of training.
+    pub fn exec(&self) -> Result<Exec> {
+        let exec = self.exec.exec()?;
+        let precision = match self.precision {
+            None => exec.fastest_precision(),
+            Some(PrecisionArg::F32) => Precision::F32,
+            Some(PrecisionArg::Bf16) => Precision::Bf16,
+        };
+        Ok(exec.with_precision(precision)?)
+    }
+}
+
 /// `--data` of the training and evaluation commands.
 #[derive(clap::Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, or `self`.
+    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, `english-mixed`, or `self`.
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     pub data: Vec<String>,
 }
@@ -181,7 +214,7 @@ pub fn documents(
         }
         documents.extend(match (source, &tokenizer) {
             (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
-            (DataSource::EnglishSmall, Some(tokenizer)) => data::english_small(split, tokenizer, ui)?,
+            (DataSource::BuiltIn(text), Some(tokenizer)) => data::built_in(text, split, tokenizer, ui)?,
             (DataSource::SelfSampled, _) => {
                 let defaults = SelfOptions::default();
                 let tokens = defaults.tokens.min(checkpoint.config.max_context);
@@ -194,7 +227,7 @@ pub fn documents(
                 let model = Model::load(checkpoint)?;
                 data::self_sampled(exec, &model, &options, ui)?
             }
-            (DataSource::EnglishSmall, None) => bail!("english-small needs a tokenizer"),
+            (DataSource::BuiltIn(text), None) => bail!("{} needs a tokenizer", text.name()),
         });
     }
     data::check_vocab(&documents, checkpoint.config.vocab)?;
@@ -209,7 +242,7 @@ fn needs_tokenizer(source: &DataSource) -> bool {
             let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
             !name.ends_with(".npy")
         }
-        DataSource::EnglishSmall => true,
+        DataSource::BuiltIn(_) => true,
         DataSource::SelfSampled => false,
     }
 }

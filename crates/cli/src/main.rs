@@ -39,6 +39,7 @@ enum Command {
     Chat(commands::chat::Args),
     Eval(commands::eval::Args),
     Bench(commands::bench::Args),
+    BenchTrain(commands::bench_train::Args),
     Doctor(commands::doctor::Args),
 }
 
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(&args, &mut ui),
         Command::Eval(args) => commands::eval::run(&args, &mut ui),
         Command::Bench(args) => commands::bench::run(&args, &mut ui),
+        Command::BenchTrain(args) => commands::bench_train::run(&args, &mut ui),
         Command::Doctor(args) => commands::doctor::run(&args, &mut ui),
     };
     ui.clear();

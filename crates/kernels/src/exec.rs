@@ -3,9 +3,19 @@
 use std::sync::Arc;
 
 use crate::pool::Pool;
-use crate::{Isa, KernelError};
+use crate::{Isa, IsaLevel, KernelError};
 
-/// Instruction set and thread pool. Cheap to clone; passed, never global.
+/// How [`mixed_gemm`](crate::mixed_gemm) multiplies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// In f32.
+    #[default]
+    F32,
+    /// Factors rounded to bfloat16, sums in f32.
+    Bf16,
+}
+
+/// Instruction set, precision of large products, and thread pool. Cheap to clone; passed, never global.
 ///
 /// The calling thread takes part in its parallel regions. A pool (shared by the clones) runs one region at a time: a
 /// parallel method called inside a task, or while another thread's region runs, does all its work on the thread that
@@ -13,6 +23,7 @@ use crate::{Isa, KernelError};
 #[derive(Clone, Debug)]
 pub struct Exec {
     isa: Isa,
+    precision: Precision,
     /// `None`: everything runs on the calling thread.
     pool: Option<Arc<Pool>>,
     threads: usize,
@@ -30,14 +41,35 @@ impl Exec {
             n => n,
         };
         if threads == 1 {
-            return Ok(Self { isa, pool: None, threads });
+            return Ok(Self { isa, precision: Precision::F32, pool: None, threads });
         }
         let pool = Pool::new(threads).map_err(|reason| KernelError::ThreadPool { threads, reason })?;
-        Ok(Self { isa, pool: Some(Arc::new(pool)), threads })
+        Ok(Self { isa, precision: Precision::F32, pool: Some(Arc::new(pool)), threads })
     }
-    /// This instruction set, calling thread only: for use inside a parallel region.
+    /// The same with another precision of large products, sharing the pool.
+    ///
+    /// # Errors
+    /// [`KernelError::Precision`] when the instruction set has no products of bfloat16.
+    pub fn with_precision(&self, precision: Precision) -> Result<Self, KernelError> {
+        if precision == Precision::Bf16 && self.isa.level() < IsaLevel::Avx512Bf16 {
+            return Err(KernelError::Precision { isa: self.isa.level().name() });
+        }
+        Ok(Self { precision, ..self.clone() })
+    }
+    /// The fastest precision of this instruction set.
+    pub fn fastest_precision(&self) -> Precision {
+        match self.isa.level() >= IsaLevel::Avx512Bf16 {
+            true => Precision::Bf16,
+            false => Precision::F32,
+        }
+    }
+    /// This instruction set and precision, calling thread only: for use inside a parallel region.
     pub fn single(&self) -> Self {
-        Self { isa: self.isa, pool: None, threads: 1 }
+        Self { isa: self.isa, precision: self.precision, pool: None, threads: 1 }
+    }
+    /// Precision of large products.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {

@@ -3,7 +3,7 @@
 
 use crate::isa::{IsaLevel, dispatch};
 use crate::simd::{self, Simd};
-use crate::{Exec, MatMut, MatRef};
+use crate::{Exec, MatMut, MatRef, Precision, packed};
 
 /// Whether an operand is used as stored or transposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +74,31 @@ pub fn gemm(
     } else {
         product.blocked(exec, out);
     }
+}
+
+/// [`gemm`] in the context's [`Precision`]: with bfloat16 both factors are rounded, where the product is large enough to pay for it;
+/// sums are f32. For linear layers and their gradients.
+pub fn mixed_gemm(
+    exec: &Exec,
+    out: MatMut<'_>,
+    a: MatRef<'_>,
+    ta: Trans,
+    b: MatRef<'_>,
+    tb: Trans,
+    alpha: f32,
+    store: Store,
+) {
+    let (m, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
+    if exec.precision() == Precision::F32 || !packed::pays(exec, m, out.cols(), k) {
+        return gemm(exec, out, a, ta, b, tb, alpha, store);
+    }
+    let (rows_b, cols_b) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
+    let (rows, cols) = (out.rows(), out.cols());
+    assert!(
+        rows == m && rows_b == k && cols_b == cols,
+        "out [{rows}, {cols}] = op(a) [{m}, {k}] · op(b) [{rows_b}, {cols_b}]"
+    );
+    packed::product(exec, out, (a, ta), (b, tb), alpha, store);
 }
 
 /// The right-hand side of one call, shapes checked, `k > 0`.

@@ -28,8 +28,8 @@ mod pool;
 #[cfg(test)]
 mod testing;
 
-pub use exec::Exec;
-pub use gemm::{Store, Trans, gemm};
+pub use exec::{Exec, Precision};
+pub use gemm::{Store, Trans, gemm, mixed_gemm};
 pub use isa::{Isa, IsaLevel};
 pub use mat::{MatMut, MatRef};
 
@@ -51,6 +51,12 @@ pub enum KernelError {
         threads: usize,
         /// The operating system's reason.
         reason: String,
+    },
+    /// bfloat16 was asked for where there are no such products.
+    #[error("no products of bfloat16 with instruction set `{isa}`\nhint: use f32")]
+    Precision {
+        /// The instruction set in use.
+        isa: &'static str,
     },
     /// A weight matrix could not be packed.
     #[error(transparent)]

@@ -5,7 +5,7 @@
 use crate::chunk::{CHUNK, Decay, check_len, pass_state, scale, scaled};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 mod backward;
 #[cfg(test)]
@@ -156,7 +156,7 @@ fn chunk_states(
         let SsdShape { seq, heads, d_state, head_dim } = shape;
         let mut keys = vec![0.0; seq * heads * d_state];
         dispatch!(exec.isa(), weighted_keys(shape, inputs, &decays[chunk], &mut keys));
-        gemm(
+        mixed_gemm(
             &exec.single(),
             MatMut::dense(added, heads * d_state, head_dim),
             MatRef::dense(&keys, seq, heads * d_state),
@@ -207,7 +207,7 @@ fn chunk_output(
     let SsdShape { seq, heads, d_state, head_dim } = shape;
     let (q_row, y_row) = (heads * d_state, heads * head_dim);
     for head in 0..heads {
-        gemm(
+        mixed_gemm(
             exec,
             MatMut::new(&mut y[head * head_dim..], seq, head_dim, y_row),
             MatRef::new(&inputs.q[head * d_state..], seq, d_state, q_row),
@@ -224,7 +224,7 @@ fn chunk_output(
     }
     // [seq · heads, seq]: a row per token and head.
     let mut scores = vec![0.0; seq * heads * CHUNK];
-    gemm(
+    mixed_gemm(
         exec,
         MatMut::new(&mut scores, seq * heads, seq, CHUNK),
         MatRef::dense(inputs.q, seq * heads, d_state),
@@ -235,7 +235,7 @@ fn chunk_output(
         Store::Overwrite,
     );
     dispatch!(exec.isa(), |s| weigh_chunk(s, shape, inputs, decays, &mut scores, y));
-    gemm(
+    mixed_gemm(
         exec,
         MatMut::dense(y, seq * heads, head_dim),
         MatRef::new(&scores, seq * heads, seq, CHUNK),

@@ -6,11 +6,13 @@ mod common;
 use common::{
     Share, VOCAB, all_models, base, configs, engine_of, exec, hybrid, plan, relative_error, specs, tokens,
 };
-use kernels::Exec;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
+use kernels::{Exec, MatRef};
+use recurformer_model::observe::AttnView;
 use recurformer_model::{
-    Cache, Engine, EngineOptions, LogitRows, Model, ModelError, NoObserver, RecurrentKind, TokenBatch,
+    Cache, Engine, EngineOptions, LayerObserver, LogitRows, Model, ModelError, NoObserver, RecurrentKind,
+    TokenBatch,
 };
 
 /// Largest difference between orders of summation as a share of the logits' root mean square: f32 rounding (6e-8) through a few layers
@@ -362,6 +364,53 @@ fn smaller_types_compute_nearly_the_same_in_every_way() {
                     assert_eq!(cache.bytes(), engine.cache_bytes(TOKENS), "{name} {options:?}");
                 }
             }
+        }
+    }
+}
+
+/// What a pass shows of its layers: inputs and head outputs, layer after layer.
+#[derive(Default)]
+struct Seen {
+    layers: Vec<usize>,
+    x: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Seen {
+    fn push(&mut self, layer: usize, x: MatRef<'_>, out: MatRef<'_>) {
+        if self.layers.last() != Some(&layer) {
+            self.layers.push(layer);
+        }
+        (0..x.rows()).for_each(|t| self.x.extend_from_slice(x.row(t)));
+        (0..out.rows()).for_each(|t| self.out.extend_from_slice(out.row(t)));
+    }
+}
+
+impl LayerObserver for Seen {
+    fn attention(&mut self, view: AttnView<'_>) {
+        self.push(view.layer, view.x, view.out);
+    }
+}
+
+#[test]
+fn the_engine_shows_what_the_batched_pass_shows() {
+    for config in configs() {
+        for (name, model) in all_models(&config) {
+            let (exec, engine) = (exec(), engine_of(&model));
+            let batch = TokenBatch { sequences: 3, seq_len: 19, tokens: tokens(3 * 19, 8) };
+            let (mut want, mut got) = (Seen::default(), Seen::default());
+            let want_hidden = model.forward_batch(&exec, &batch, &mut want, None).unwrap();
+            let hidden = engine.observe(&exec, &batch, &mut |l, x, out| got.push(l, x, out)).unwrap();
+            assert_eq!(got.layers, want.layers, "{name}");
+            for (what, got, want) in
+                [("x", &got.x, &want.x), ("out", &got.out, &want.out), ("hidden", &hidden, &want_hidden)]
+            {
+                let error = relative_error(got, want);
+                assert!(error < ORDER_TOLERANCE, "{name}, {what}: {error:e}");
+            }
+            let bad = TokenBatch { sequences: 1, seq_len: 2, tokens: vec![0, VOCAB as u32] };
+            let refused = engine.observe(&exec, &bad, &mut |_, _, _| panic!("nothing runs"));
+            assert!(matches!(refused, Err(ModelError::Token { position: 1, .. })), "{name}");
         }
     }
 }

@@ -3,11 +3,13 @@
 #![forbid(unsafe_code)]
 
 pub mod align;
+pub mod bench;
 pub mod data;
 pub mod error;
 pub mod heal;
 mod optim;
 mod state;
+mod teacher;
 #[cfg(test)]
 mod testing;
 

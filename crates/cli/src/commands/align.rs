@@ -1,7 +1,7 @@
 //! `align`: trains the head bank.
 
 use crate::common::{
-    DataArgs, ExecArgs, MixerArg, check_context, check_output, documents, load, sequences, usage,
+    DataArgs, MixerArg, TrainExecArgs, check_context, check_output, documents, load, sequences, usage,
 };
 use crate::ui::Ui;
 use anyhow::Result;
@@ -73,7 +73,7 @@ pub struct Args {
     #[arg(long)]
     metrics: Option<PathBuf>,
     #[command(flatten)]
-    exec: ExecArgs,
+    exec: TrainExecArgs,
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {

@@ -3,10 +3,10 @@
 use crate::common::open;
 use crate::ui::Ui;
 use anyhow::Result;
-use train::data::{DataSource, Split, english_small};
+use train::data::{DataSource, Split, built_in};
 use weights::ModelSource;
 
-/// Bring a model or the built-in text into the local cache ahead of time.
+/// Bring a model or a built-in text into the local cache ahead of time.
 ///
 /// Examples:
 ///   recurformer fetch smollm2-135m
@@ -15,22 +15,22 @@ use weights::ModelSource;
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// Built-in model (`smollm2-135m`), hub id (`owner/name`) or `english-small`; several may be given.
+    /// Built-in model (`smollm2-135m`), hub id (`owner/name`), `english-small` or `english-mixed`; several may be given.
     #[arg(required = true)]
     names: Vec<String>,
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     for name in &args.names {
-        if matches!(DataSource::parse(name), Ok(DataSource::EnglishSmall)) {
+        if let Ok(DataSource::BuiltIn(text)) = DataSource::parse(name) {
             // Reading it is what proves that it is there; any tokenizer will do.
             let tokenizer = open("smollm2-135m", ui)?.tokenizer()?;
-            let documents = [Split::Train, Split::Heldout].map(|split| english_small(split, &tokenizer, ui));
+            let documents = [Split::Train, Split::Heldout].map(|split| built_in(text, split, &tokenizer, ui));
             let [train, heldout] = documents;
             let (train, heldout) = (train?, heldout?);
             let count = |docs: &[train::data::Document]| docs.iter().map(|d| d.tokens.len()).sum::<usize>();
             println!(
-                "english-small: {} documents ({} tokens) to train on, {} ({}) held out",
+                "{name}: {} documents ({} tokens) to train on, {} ({}) held out",
                 train.len(),
                 count(&train),
                 heldout.len(),

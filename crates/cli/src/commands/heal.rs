@@ -1,6 +1,6 @@
 //! `heal`: end-to-end training of a hybrid.
 
-use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load, usage};
+use crate::common::{DataArgs, TrainExecArgs, check_context, check_output, documents, load, usage};
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use std::path::PathBuf;
@@ -66,7 +66,7 @@ pub struct Args {
     #[arg(long, default_value_t = 120)]
     save_every: u64,
     #[command(flatten)]
-    exec: ExecArgs,
+    exec: TrainExecArgs,
 }
 
 /// `--stage`.

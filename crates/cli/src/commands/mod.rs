@@ -3,6 +3,7 @@
 pub mod align;
 pub mod analyze;
 pub mod bench;
+pub mod bench_train;
 pub mod chat;
 pub mod convert;
 pub mod doctor;

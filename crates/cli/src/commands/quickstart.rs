@@ -2,7 +2,7 @@
 
 mod setup;
 
-use crate::common::{ExecArgs, Loaded, MixerArg, load, sequences, usage};
+use crate::common::{Loaded, MixerArg, TrainExecArgs, load, sequences, usage};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::bench::{BenchOptions, BenchResult, bench};
@@ -72,7 +72,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
-    exec: ExecArgs,
+    exec: TrainExecArgs,
 }
 
 /// The row of our hybrid before healing.

@@ -8,7 +8,7 @@ use super::mask::{TILE, Visible, positions_per_block};
 use super::{AttnMask, AttnSaved, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// Tasks wanted in all; bounds the memory of the `dk` and `dv` buffers.
 const TASKS: usize = 16;
@@ -147,17 +147,17 @@ impl Block {
             let (k, v) = (k.rows_at(start, cols), v.rows_at(start, cols));
             let at = start * head_dim..(start + cols) * head_dim;
             let tile = MatMut::new(weights, rows, cols, TILE);
-            gemm(exec, tile, q, Trans::No, k, Trans::Yes, scale, Store::Overwrite);
+            mixed_gemm(exec, tile, q, Trans::No, k, Trans::Yes, scale, Store::Overwrite);
             let tile = MatMut::new(scores, rows, cols, TILE);
-            gemm(exec, tile, dout, Trans::No, v, Trans::Yes, 1.0, Store::Overwrite);
+            mixed_gemm(exec, tile, dout, Trans::No, v, Trans::Yes, 1.0, Store::Overwrite);
             dispatch!(exec.isa(), |s| self.weigh(s, start, cols, weights, scores));
             let (p, ds) = (MatRef::new(weights, rows, cols, TILE), MatRef::new(scores, rows, cols, TILE));
             let dv = MatMut::dense(&mut sums.dv[at.clone()], cols, head_dim);
-            gemm(exec, dv, p, Trans::Yes, dout, Trans::No, 1.0, Store::Accumulate);
+            mixed_gemm(exec, dv, p, Trans::Yes, dout, Trans::No, 1.0, Store::Accumulate);
             let dk = MatMut::dense(&mut sums.dk[at], cols, head_dim);
-            gemm(exec, dk, ds, Trans::Yes, q, Trans::No, 1.0, Store::Accumulate);
+            mixed_gemm(exec, dk, ds, Trans::Yes, q, Trans::No, 1.0, Store::Accumulate);
             let dq = MatMut::dense(&mut dq_sum, rows, head_dim);
-            gemm(exec, dq, ds, Trans::No, k, Trans::No, 1.0, Store::Accumulate);
+            mixed_gemm(exec, dq, ds, Trans::No, k, Trans::No, 1.0, Store::Accumulate);
         }
         let width = self.shape.group() * head_dim;
         for (dq, sum) in dq.into_iter().zip(dq_sum.chunks_exact(width)) {

@@ -5,7 +5,7 @@ use super::mask::{TILE, Visible, positions_per_block};
 use super::{AttnMask, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// Up to this many query rows the keys of one block are split among tasks.
 const MAX_DECODE_ROWS: usize = 8;
@@ -153,7 +153,7 @@ impl Partial {
         for &(start, cols) in tiles {
             let (k, v) = (k.rows_at(start, cols), v.rows_at(start, cols));
             let tile = MatMut::new(&mut scores, rows, cols, TILE);
-            gemm(exec, tile, q, Trans::No, k, Trans::Yes, scale, Store::Overwrite);
+            mixed_gemm(exec, tile, q, Trans::No, k, Trans::Yes, scale, Store::Overwrite);
             dispatch!(exec.isa(), |s| {
                 for (i, visible) in visible.iter().enumerate() {
                     let seen = visible.in_tile(start, cols);
@@ -164,7 +164,7 @@ impl Partial {
             });
             let weights = MatRef::new(&scores, rows, cols, TILE);
             let acc = MatMut::dense(&mut partial.acc, rows, head_dim);
-            gemm(exec, acc, weights, Trans::No, v, Trans::No, 1.0, Store::Accumulate);
+            mixed_gemm(exec, acc, weights, Trans::No, v, Trans::No, 1.0, Store::Accumulate);
         }
         partial
     }

@@ -150,3 +150,86 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn bfloat16_products_are_products_of_rounded_factors() {
+    let round = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect::<Vec<f32>>();
+    let execs = execs().into_iter().filter_map(|exec| exec.with_precision(Precision::Bf16).ok());
+    for exec in execs {
+        for (m, n, k) in
+            [(9, 16, 1000), (16, 17, 512), (33, 50, 131), (130, 70, 90), (300, 49, 33), (24, 700, 16)]
+        {
+            assert!(packed::pays(&exec, m, n, k), "[{m}, {k}] · [{k}, {n}] would run in f32");
+            let (a, b, old) = (noise(1, m * k), noise(2, k * n), noise(3, m * n));
+            let alpha = 0.5;
+            for (ta, tb) in BOTH.iter().flat_map(|&ta| BOTH.map(|tb| (ta, tb))) {
+                let (a, b) = (round(&a), round(&b));
+                let want = naive::gemm::gemm(m, n, k, &to_f64(&a), ta, &to_f64(&b), tb, alpha);
+                for store in [Store::Overwrite, Store::Accumulate] {
+                    for pad in [0, 3] {
+                        let (ar, ac) = if ta == Trans::No { (m, k) } else { (k, m) };
+                        let (br, bc) = if tb == Trans::No { (k, n) } else { (n, k) };
+                        // Rounding is part of the product: it gets factors that are not rounded yet.
+                        let (a, b) = (noise(1, m * k), noise(2, k * n));
+                        let (a, b) = (padded(&a, ar, ac, ac + pad), padded(&b, br, bc, bc + pad));
+                        let mut out = padded(&old, m, n, n + pad);
+                        mixed_gemm(
+                            &exec,
+                            MatMut::new(&mut out, m, n, n + pad),
+                            MatRef::new(&a, ar, ac, ac + pad),
+                            ta,
+                            MatRef::new(&b, br, bc, bc + pad),
+                            tb,
+                            alpha as f32,
+                            store,
+                        );
+                        for (i, row) in out.chunks_exact(n + pad).enumerate() {
+                            for (j, &got) in row[..n].iter().enumerate() {
+                                let base = if store == Store::Accumulate { old[i * n + j] } else { 0.0 };
+                                let want = f64::from(base) + want[i * n + j];
+                                let what = format!("{} {m}x{n}x{k} {ta:?} {tb:?} {store:?}", exec.isa());
+                                let error = (f64::from(got) - want).abs();
+                                assert!(
+                                    error <= PER_TERM * (k as f64 + 4.0),
+                                    "{what} ({i}, {j}): {got}, {want}"
+                                );
+                            }
+                            assert!(row[n..].iter().all(|v| v.is_nan()), "padding touched in row {i}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn small_products_and_f32_contexts_round_nothing() {
+    for exec in execs() {
+        for (m, n, k, precision) in [(4, 64, 64, Precision::Bf16), (64, 64, 64, Precision::F32)] {
+            let Ok(exec) = exec.with_precision(precision) else { continue };
+            let (a, b) = (noise(1, m * k), noise(2, k * n));
+            let (a, b) = (MatRef::dense(&a, m, k), MatRef::dense(&b, k, n));
+            let (mut mixed, mut exact) = (vec![0.0; m * n], vec![0.0; m * n]);
+            mixed_gemm(
+                &exec,
+                MatMut::dense(&mut mixed, m, n),
+                a,
+                Trans::No,
+                b,
+                Trans::No,
+                1.0,
+                Store::Overwrite,
+            );
+            gemm(&exec, MatMut::dense(&mut exact, m, n), a, Trans::No, b, Trans::No, 1.0, Store::Overwrite);
+            assert_eq!(mixed, exact);
+        }
+    }
+}
+
+#[test]
+fn bfloat16_is_refused_where_there_is_none() {
+    let exec = Exec::with_isa(1, crate::Isa::SCALAR).unwrap();
+    let refused = exec.with_precision(Precision::Bf16).unwrap_err().to_string();
+    assert!(refused.contains("scalar"), "{refused}");
+}

@@ -1,18 +1,18 @@
 //! Activations in the forms that products read: f32, bfloat16, blocks of 8-bit integers.
 //! Knows rows of activations; knows nothing of panels.
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16;
 use super::buffer::{Element, LINE, Lines};
 use super::kernel::{Form, Route};
 use super::quant::{self, Blocks};
-use super::{MATVEC_ROWS, PAD, Packed, padded};
+use super::{MATVEC_ROWS, MIN_PARALLEL_VALUES, PAD, Packed, padded};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
-use crate::{Exec, Isa, MatRef};
+use crate::{Exec, Isa, IsaLevel, MatRef, Trans};
 
 /// Rows readable beyond the last one of the bfloat16 form, so that AMX can always load whole tiles.
 const ROW_PAD: usize = 31;
-/// Below this many values another thread costs more than it gains.
-const MIN_PARALLEL_VALUES: usize = 32 * 1024;
 /// Values per task when rows are converted in parallel.
 const TASK_VALUES: usize = 16 * 1024;
 
@@ -92,6 +92,37 @@ impl Input {
     pub fn set_rms_norm(&mut self, exec: &Exec, x: MatRef<'_>, norm: &[f32], eps: f32, weights: &[&Packed]) {
         assert_eq!(norm.len(), x.cols(), "one norm weight per column");
         self.fill(exec, x, Some(Norm { weight: norm, eps }), weights);
+    }
+    /// Becomes `alpha · op(a)` rounded to bfloat16, for products of more than 4 rows with BF16 weights.
+    ///
+    /// # Panics
+    /// On an instruction set without bfloat16.
+    pub fn set_bf16(&mut self, exec: &Exec, a: MatRef<'_>, ta: Trans, alpha: f32) {
+        let (m, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
+        assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
+        let stride = row_stride(k);
+        (self.rows, self.cols, self.stride) = (m, k, stride);
+        self.forms = Forms { bf16: true, blocks: false };
+        self.bf16.grow::<u16>((m + ROW_PAD) * stride);
+        #[cfg(target_arch = "x86_64")]
+        if m * stride > 0 {
+            let rows = &mut self.bf16.as_mut_slice::<u16>()[..m * stride];
+            let single = exec.single();
+            let exec = if m * k < MIN_PARALLEL_VALUES { &single } else { exec };
+            exec.parallel_chunks(rows, bf16::ROWS * stride, |block, out| {
+                // SAFETY: an `Isa` of this level exists only after detection.
+                unsafe { bf16::rows(a, ta, alpha, block * bf16::ROWS, out, stride) }
+            });
+        }
+    }
+    /// Appends rows of zeros until there are `rows`, after [`set_bf16`](Self::set_bf16).
+    pub(super) fn pad_bf16(&mut self, rows: usize) {
+        if rows > self.rows {
+            // Room for `ROW_PAD` more rows was made.
+            assert!(self.forms.bf16 && rows - self.rows <= ROW_PAD);
+            self.bf16.as_mut_slice::<u16>()[self.rows * self.stride..rows * self.stride].fill(0);
+            self.rows = rows;
+        }
     }
     /// Rows of activations.
     pub fn rows(&self) -> usize {

@@ -5,6 +5,8 @@
 pub(crate) mod amx;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod amx_model;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod buffer;
 mod dense;
 #[cfg(target_arch = "x86_64")]
@@ -14,6 +16,7 @@ mod dense_lanes;
 mod driver;
 mod input;
 mod kernel;
+mod product;
 mod quant;
 
 #[cfg(test)]
@@ -22,11 +25,13 @@ mod tests;
 use std::fmt;
 
 use crate::quant::{Dtype, dequantize};
-use crate::{Exec, KernelError};
+use crate::{Exec, IsaLevel, KernelError, MatRef, Trans};
 use buffer::{LINE, Lines};
 
 pub use driver::{Product, matmul, matmul_swiglu};
 pub use input::Input;
+pub use product::Shared;
+pub(crate) use product::{pays, product};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -34,6 +39,9 @@ pub(crate) const PANEL: usize = 16;
 pub(crate) const PAD: usize = 32;
 /// Up to this many rows of activations the product reads the packed bytes directly; it is bound by memory.
 pub(crate) const MATVEC_ROWS: usize = 4;
+
+/// Below this many values another thread costs more than it gains.
+const MIN_PARALLEL_VALUES: usize = 32 * 1024;
 
 /// Why a weight matrix could not be packed.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +148,33 @@ impl Packed {
     pub fn pack(exec: &Exec, dtype: Dtype, cols: usize, parts: &[Rows<'_>]) -> Result<Packed, KernelError> {
         Ok(pack(exec, dtype, cols, parts)?)
     }
+    /// No rows, no memory: for [`set_bf16`](Self::set_bf16).
+    pub fn empty() -> Packed {
+        Packed { dtype: Dtype::BF16, rows: 0, cols: 0, panel_bytes: 0, data: Lines::default() }
+    }
+    /// Becomes `op(b)ᵀ` rounded to BF16, for products with `op(b)` `[cols, rows]` on the right; memory only grows. A linear layer's
+    /// weight `[out_features, in_features]` is `Trans::Yes`.
+    ///
+    /// # Panics
+    /// On an instruction set without bfloat16.
+    pub fn set_bf16(&mut self, exec: &Exec, b: MatRef<'_>, tb: Trans) {
+        let (k, n) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
+        assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
+        let panel_bytes = dense::panel_bytes(Dtype::BF16, k).next_multiple_of(LINE);
+        self.data.grow::<u8>(panel_bytes * n.div_ceil(PANEL));
+        (self.dtype, self.rows, self.cols, self.panel_bytes) = (Dtype::BF16, n, k, panel_bytes);
+        let used = panel_bytes / size_of::<u16>() * n.div_ceil(PANEL);
+        #[cfg(target_arch = "x86_64")]
+        if used > 0 {
+            let panels = &mut self.data.as_mut_slice::<u16>()[..used];
+            let single = exec.single();
+            let exec = if n * k < MIN_PARALLEL_VALUES { &single } else { exec };
+            exec.parallel_chunks(panels, panel_bytes / size_of::<u16>(), |panel, out| {
+                // SAFETY: an `Isa` of this level exists only after detection.
+                unsafe { bf16::panel(b, tb, panel, out) }
+            });
+        }
+    }
     /// Output features.
     pub fn rows(&self) -> usize {
         self.rows
@@ -154,7 +189,7 @@ impl Packed {
     }
     /// Bytes in memory, padding included.
     pub fn bytes(&self) -> usize {
-        self.data.bytes()
+        self.panel_bytes * self.panels()
     }
     /// Dequantises one row (an embedding lookup).
     ///

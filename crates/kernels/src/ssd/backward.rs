@@ -4,7 +4,7 @@ use super::{SsdGrads, SsdInputs, SsdShape, chunk_states, column, decays, pass_he
 use crate::chunk::{CHUNK, DECAY_LANES, Decay, add_suffix_sums, check_len, scaled};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, dot};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// Gradient of [`super::ssd`] from `initial_state` (zeros when `None`), given the gradients of `y` and, when given, of the
 /// final state. Adds to `grads` and, when given, to `d_initial_state`. Chunked; recomputes the states, and holds two
@@ -102,7 +102,7 @@ fn chunk_state_gradients(
         let dy = &dy[chunk * CHUNK * y_row..][..shape.seq * y_row];
         dispatch!(exec.isa(), decayed_rows(shape, &decays[chunk], dy, &mut decayed));
         for (head, d_state_out) in d_states.chunks_exact_mut(d_state * head_dim).enumerate() {
-            gemm(
+            mixed_gemm(
                 &exec.single(),
                 MatMut::dense(d_state_out, d_state, head_dim),
                 MatRef::new(&inputs.q[head * d_state..], shape.seq, d_state, q_row),
@@ -150,7 +150,7 @@ impl Chunk<'_> {
         let rows = seq * heads;
         let (no, yes) = (Trans::No, Trans::Yes);
         let product = |out: MatMut<'_>, a: MatRef<'_>, ta, b: MatRef<'_>, tb, store| {
-            gemm(exec, out, a, ta, b, tb, 1.0, store);
+            mixed_gemm(exec, out, a, ta, b, tb, 1.0, store);
         };
         let (q_mat, k_mat) = (MatRef::dense(q, rows, d_state), MatRef::dense(k, seq, d_state));
         let (dy_mat, v_mat) = (MatRef::dense(self.dy, rows, head_dim), MatRef::dense(v, seq, head_dim));

@@ -83,8 +83,8 @@ impl Layer {
         segments + [&self.o, &self.gate, &self.up, &self.down].map(Packed::bytes).iter().sum::<usize>()
     }
 
-    /// Advances the residual stream `ws.h` and every sequence's memory.
-    pub fn forward(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
+    /// Head outputs of the residual stream `ws.h` into `ws.heads`, the layer's input into `ws.input`; advances every sequence's memory.
+    pub fn mix(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
         let Pass { exec, config, .. } = *pass;
         let (d_model, width) = (config.d_model, config.heads * config.head_dim);
         let rows = ws.h.len() / d_model;
@@ -110,7 +110,14 @@ impl Layer {
         ws.heads.resize(rows * width, 0.0);
         self.attend(pass, ws, memories);
         self.recur(pass, ws, memories);
+    }
 
+    /// Adds what the head outputs and then the feed-forward give to the residual stream.
+    pub fn finish(&self, pass: &Pass<'_>, ws: &mut Workspace) {
+        let Pass { exec, config, .. } = *pass;
+        let (d_model, width) = (config.d_model, config.heads * config.head_dim);
+        let rows = ws.h.len() / d_model;
+        let eps = config.rms_eps;
         ws.input.set(exec, MatRef::dense(&ws.heads, rows, width), &[&self.o]);
         accumulate(exec, &ws.input, &self.o, &mut ws.h, rows);
         let post = MatRef::dense(&ws.h, rows, d_model);

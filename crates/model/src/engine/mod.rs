@@ -9,7 +9,7 @@ mod workspace;
 use crate::cache::{Cache, CacheShape};
 use crate::error::{ModelError, Result};
 use crate::mixers::HeadLayout;
-use crate::model::{Model, head_layout};
+use crate::model::{Model, TokenBatch, head_layout};
 use crate::plan::HeadPlan;
 use build::{Builder, Source};
 use kernels::kv::KvType;
@@ -186,7 +186,7 @@ impl Engine {
         let chunks = tokens.chunks(self.chunk);
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
-            self.append(exec, chunk, &mut [&mut *cache], &mut ws);
+            self.append(exec, chunk, &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
             let d_model = self.config.d_model;
             let skipped = match rows {
                 LogitRows::All => 0,
@@ -209,7 +209,7 @@ impl Engine {
         let mut ws = self.workspace();
         let mut hidden = Vec::with_capacity(tokens.len() * self.config.d_model);
         for chunk in tokens.chunks(self.chunk) {
-            self.append(exec, chunk, &mut [&mut *cache], &mut ws);
+            self.append(exec, chunk, &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
             let mut normed = vec![0.0; ws.h.len()];
             kernels::elementwise::rms_norm(exec, &ws.h, &self.norm, self.config.rms_eps, &mut normed);
             hidden.extend_from_slice(&normed);
@@ -248,11 +248,42 @@ impl Engine {
         let mut logits = Vec::new();
         if !tokens.is_empty() {
             let mut ws = self.workspace();
-            self.append(exec, tokens, caches, &mut ws);
+            self.append(exec, tokens, caches, &mut ws, &mut |_, _, _| {});
             self.project_out(exec, 0, &mut ws, &mut logits);
             self.give_back(ws);
         }
         Ok(logits)
+    }
+
+    /// Whole sequences from position 0: calls `show(layer, x, outputs)` after every layer's heads with the layer's input after the norm
+    /// `[rows, d_model]` and the head outputs in head order `[rows, heads · head_dim]`, sequence after sequence. Returns the final hidden
+    /// states after the norm, `[rows, d_model]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    ///
+    /// # Panics
+    /// When `batch.tokens` does not have `sequences · seq_len` ids.
+    pub fn observe(
+        &self,
+        exec: &Exec,
+        batch: &TokenBatch,
+        show: &mut dyn FnMut(usize, MatRef<'_>, MatRef<'_>),
+    ) -> Result<Vec<f32>> {
+        assert_eq!(batch.tokens.len(), batch.rows(), "tokens of {} sequences", batch.sequences);
+        let mut caches: Vec<Cache> = (0..batch.sequences).map(|_| self.new_cache()).collect();
+        for (tokens, cache) in batch.tokens.chunks(batch.seq_len.max(1)).zip(&caches) {
+            self.check_append(tokens, cache)?;
+        }
+        if batch.tokens.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut ws = self.workspace();
+        self.append(exec, &batch.tokens, &mut caches.iter_mut().collect::<Vec<_>>(), &mut ws, show);
+        let mut hidden = vec![0.0; ws.h.len()];
+        kernels::elementwise::rms_norm(exec, &ws.h, &self.norm, self.config.rms_eps, &mut hidden);
+        self.give_back(ws);
+        Ok(hidden)
     }
 
     fn check_append(&self, tokens: &[u32], cache: &Cache) -> Result<()> {
@@ -271,7 +302,14 @@ impl Engine {
 
     /// Appends the same number of tokens to every sequence (`tokens` holds them sequence after sequence); the residual stream after the last
     /// layer is left in `ws.h`. Everything was checked.
-    fn append(&self, exec: &Exec, tokens: &[u32], caches: &mut [&mut Cache], ws: &mut Workspace) {
+    fn append(
+        &self,
+        exec: &Exec,
+        tokens: &[u32],
+        caches: &mut [&mut Cache],
+        ws: &mut Workspace,
+        show: &mut dyn FnMut(usize, MatRef<'_>, MatRef<'_>),
+    ) {
         let (d_model, seq) = (self.config.d_model, tokens.len() / caches.len());
         ws.h.resize(tokens.len() * d_model, 0.0);
         for (&token, row) in tokens.iter().zip(ws.h.chunks_exact_mut(d_model)) {
@@ -284,7 +322,13 @@ impl Engine {
         for (l, layer) in self.layers.iter().enumerate() {
             let mut memories: SmallVec<[_; 4]> =
                 caches.iter_mut().map(|cache| &mut cache.layers[l]).collect();
-            layer.forward(&pass, ws, &mut memories);
+            layer.mix(&pass, ws, &mut memories);
+            show(
+                l,
+                ws.input.f32(),
+                MatRef::dense(&ws.heads, tokens.len(), self.config.heads * self.config.head_dim),
+            );
+            layer.finish(&pass, ws);
         }
         for cache in caches.iter_mut() {
             cache.len += seq;

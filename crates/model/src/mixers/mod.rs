@@ -54,6 +54,7 @@ use layout::{MambaTensors, QkvTensors};
 use local::LocalSaved;
 use mamba::MambaSaved;
 use memory::Ring;
+pub use projection::LayerInput;
 use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, reborrow};
 use qkv::{Form, QkvSaved, Rates};
 
@@ -222,20 +223,21 @@ struct Ctx<'a> {
     exec: &'a Exec,
     env: &'a HeadEnv<'a>,
     /// `[T, M]`; of no columns where every projection of it was given.
-    x: MatRef<'a>,
+    x: LayerInput<'a>,
     /// `T`.
     seq: usize,
 }
 
 impl<'a> Ctx<'a> {
-    fn new(exec: &'a Exec, env: &'a HeadEnv<'a>, x: MatRef<'a>) -> Self {
-        assert_eq!(x.cols(), env.layout.dims.d_model, "width of a head's input");
-        Self { exec, env, x, seq: x.rows() }
+    fn new(exec: &'a Exec, env: &'a HeadEnv<'a>, x: impl Into<LayerInput<'a>>) -> Self {
+        let x = x.into();
+        assert_eq!(x.values.cols(), env.layout.dims.d_model, "width of a head's input");
+        Self { exec, env, x, seq: x.values.rows() }
     }
 
     /// For passes that read projections instead of `x`.
     fn projected(exec: &'a Exec, env: &'a HeadEnv<'a>, seq: usize) -> Self {
-        Self { exec, env, x: MatRef::dense(&[], seq, 0), seq }
+        Self { exec, env, x: MatRef::dense(&[], seq, 0).into(), seq }
     }
 
     fn weights(&self) -> NamedTensors<&'a [f32]> {
@@ -302,10 +304,15 @@ fn continue_sequence(
 }
 
 /// Training: one whole sequence from zero state; overwrites `out` and returns what [`backward`] needs.
-pub fn forward_train(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, mut out: MatMut<'_>) -> HeadSaved {
+pub fn forward_train<'a>(
+    exec: &'a Exec,
+    env: &'a HeadEnv<'a>,
+    x: impl Into<LayerInput<'a>>,
+    mut out: MatMut<'_>,
+) -> HeadSaved {
     let ctx = Ctx::new(exec, env, x);
     ctx.check_output(out.rows(), out.cols());
-    if x.rows() == 0 {
+    if ctx.seq == 0 {
         return HeadSaved { raw: None, local: None, recurrent: RecurrentSaved::None };
     }
     let weights = ctx.weights();
@@ -347,10 +354,10 @@ fn recur(
 
 /// Gradients from `dout` `[T, G·D]`: added to `grads` (when given), to `dx` `[T, M]` (when given), and to the wanted members of `base_grads`.
 /// Base projections get gradients only from `mamba` and `none`, whose local branch uses them; base norms from any local branch.
-pub fn backward(
-    exec: &Exec,
-    env: &HeadEnv<'_>,
-    x: MatRef<'_>,
+pub fn backward<'a>(
+    exec: &'a Exec,
+    env: &'a HeadEnv<'a>,
+    x: impl Into<LayerInput<'a>>,
     saved: &HeadSaved,
     dout: MatRef<'_>,
     grads: Option<&mut HeadTensors>,
@@ -359,13 +366,13 @@ pub fn backward(
 ) {
     let ctx = Ctx::new(exec, env, x);
     ctx.check_output(dout.rows(), dout.cols());
-    if x.rows() == 0 {
+    if ctx.seq == 0 {
         return;
     }
     let dout: Vec<f32> = (0..dout.rows()).flat_map(|t| dout.row(t)).copied().collect();
     let weights = ctx.weights();
     let mut grads = grads.map(|g| NamedTensors::new(&env.layout, g.values.iter_mut().map(Vec::as_mut_slice)));
-    let mut d_raw = Qkv::zeros(x.rows(), env.layout.dims);
+    let mut d_raw = Qkv::zeros(ctx.seq, env.layout.dims);
     match (&weights, &saved.recurrent) {
         (NamedTensors::Mamba(w), RecurrentSaved::Mamba(saved)) => {
             let grads = grads.as_mut().and_then(NamedTensors::as_mamba);

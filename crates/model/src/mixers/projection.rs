@@ -1,7 +1,23 @@
-//! Linear layers of a head and the q, k, v projections that its two branches share.
+//! Linear layers of a head, what they read, and the q, k, v projections that its two branches share.
 
 use super::{BaseGroup, Ctx, HeadDims, QkvTensors};
-use kernels::{MatMut, MatRef, Store, Trans, elementwise, gemm};
+use kernels::packed::Shared;
+use kernels::{MatMut, MatRef, Store, Trans, elementwise, mixed_gemm};
+
+/// What a linear layer reads, `[rows, cols]`, with its rounded forms where somebody made them for several layers at once.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerInput<'a> {
+    /// The values.
+    pub values: MatRef<'a>,
+    /// Of the same values.
+    pub shared: Option<&'a Shared>,
+}
+
+impl<'a> From<MatRef<'a>> for LayerInput<'a> {
+    fn from(values: MatRef<'a>) -> Self {
+        Self { values, shared: None }
+    }
+}
 
 /// Projected queries `[T, G·D]`, keys and values `[T, D]`, or their gradients.
 pub(super) struct Qkv {
@@ -38,11 +54,15 @@ impl<'a> Linear<'a> {
     }
 
     /// `x Wᵀ + b`, dense `[rows, n_out]`.
-    pub fn forward(&self, ctx: &Ctx<'_>, x: MatRef<'_>, n_out: usize) -> Vec<f32> {
+    pub fn forward<'x>(&self, ctx: &Ctx<'_>, x: impl Into<LayerInput<'x>>, n_out: usize) -> Vec<f32> {
+        let LayerInput { values: x, shared } = x.into();
         let mut out = vec![0.0; x.rows() * n_out];
         let weight = MatRef::dense(self.weight, n_out, x.cols());
-        let store = MatMut::dense(&mut out, x.rows(), n_out);
-        gemm(ctx.exec, store, x, Trans::No, weight, Trans::Yes, 1.0, Store::Overwrite);
+        let to = MatMut::dense(&mut out, x.rows(), n_out);
+        match shared {
+            Some(shared) => shared.linear(ctx.exec, weight, to, Store::Overwrite),
+            None => mixed_gemm(ctx.exec, to, x, Trans::No, weight, Trans::Yes, 1.0, Store::Overwrite),
+        }
         if let Some(bias) = self.bias {
             elementwise::add_bias(ctx.exec, bias, &mut out);
         }
@@ -50,23 +70,27 @@ impl<'a> Linear<'a> {
     }
 
     /// Adds the gradients that follow from dense `dy` `[rows, n_out]`.
-    pub fn backward(
+    pub fn backward<'x>(
         &self,
         ctx: &Ctx<'_>,
-        x: MatRef<'_>,
+        x: impl Into<LayerInput<'x>>,
         dy: &[f32],
         grads: LinearGrads<'_>,
         dx: Option<MatMut<'_>>,
     ) {
+        let LayerInput { values: x, shared } = x.into();
         let n_out = self.weight.len() / x.cols();
         let dy_mat = MatRef::dense(dy, x.rows(), n_out);
         if let Some(dx) = dx {
             let weight = MatRef::dense(self.weight, n_out, x.cols());
-            gemm(ctx.exec, dx, dy_mat, Trans::No, weight, Trans::No, 1.0, Store::Accumulate);
+            mixed_gemm(ctx.exec, dx, dy_mat, Trans::No, weight, Trans::No, 1.0, Store::Accumulate);
         }
         if let Some(dw) = grads.weight {
             let dw = MatMut::dense(dw, n_out, x.cols());
-            gemm(ctx.exec, dw, dy_mat, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+            match shared {
+                Some(shared) => shared.weight_grad(ctx.exec, dy_mat, dw),
+                None => mixed_gemm(ctx.exec, dw, dy_mat, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate),
+            }
         }
         if let Some(db) = grads.bias {
             elementwise::add_column_sums(ctx.exec, dy, db);

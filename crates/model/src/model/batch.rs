@@ -3,11 +3,12 @@
 use super::Model;
 use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
 use crate::error::Result;
-use crate::mixers::{self, HeadSaved};
+use crate::mixers::{self, HeadSaved, LayerInput};
 use crate::observe::{AttnView, LayerObserver};
 use crate::params::Grads;
 use kernels::attention::{AttnMask, attention};
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use kernels::packed::Shared;
+use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// Equal-length token sequences processed together from position 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -191,6 +192,7 @@ impl Model {
         let record = saved.is_some();
         let jobs = converted.len() * sequences;
         let inner = if jobs == 1 { exec.clone() } else { exec.single() };
+        let forms = shared_forms(exec, x, if record { jobs.min(sequences) } else { 0 }, seq, d_model);
         let outputs = exec.parallel_map(jobs, |job| {
             let (group, s) = (converted[job / sequences], job % sequences);
             let env = self.head_env(layer, group).expect("a converted group has a layout");
@@ -198,6 +200,7 @@ impl Model {
             let mut y = vec![0.0; seq * per_group];
             let target = MatMut::dense(&mut y, seq, per_group);
             let saved = if record {
+                let x = LayerInput { values: x, shared: forms.get(s).and_then(Option::as_ref) };
                 Some(mixers::forward_train(&inner, &env, x, target))
             } else {
                 mixers::forward(&inner, &env, x, &mut env.layout.new_cache(), target);
@@ -279,14 +282,25 @@ impl Model {
         let dlogits = MatRef::dense(dlogits, rows, vocab);
         if let Some(grad) = grads.get_mut(self.layout.output) {
             let (out, x) = (MatMut::dense(grad, vocab, d_model), MatRef::dense(hidden, rows, d_model));
-            gemm(exec, out, dlogits, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+            mixed_gemm(exec, out, dlogits, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
         }
         let mut dhidden = vec![0.0; hidden.len()];
         let weight = MatRef::dense(self.params.data(self.layout.output), vocab, d_model);
         let out = MatMut::dense(&mut dhidden, rows, d_model);
-        gemm(exec, out, dlogits, Trans::No, weight, Trans::No, 1.0, Store::Overwrite);
+        mixed_gemm(exec, out, dlogits, Trans::No, weight, Trans::No, 1.0, Store::Overwrite);
         dhidden
     }
+}
+
+/// The input of every sequence's converted groups, rounded once for all of them.
+pub(super) fn shared_forms(
+    exec: &Exec,
+    x: &[f32],
+    sequences: usize,
+    seq: usize,
+    d_model: usize,
+) -> Vec<Option<Shared>> {
+    (0..sequences).map(|s| Shared::new(exec, rows_of(x, s, seq, d_model))).collect()
 }
 
 /// The rows of sequence `s`.

@@ -7,7 +7,7 @@ use crate::params::ParamId;
 use kernels::attention::AttnShape;
 use kernels::elementwise::{add_bias, rms_norm, swiglu};
 use kernels::rope::{Rotation, rope};
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// Attention inputs of a layer's kept groups, packed.
 #[derive(Default)]
@@ -44,7 +44,7 @@ pub(super) fn linear(
 ) {
     let k = w.len() / n;
     let (x, w) = (MatRef::dense(x, rows, k), MatRef::dense(w, n, k));
-    gemm(exec, MatMut::dense(out, rows, n), x, Trans::No, w, Trans::Yes, 1.0, store);
+    mixed_gemm(exec, MatMut::dense(out, rows, n), x, Trans::No, w, Trans::Yes, 1.0, store);
 }
 
 /// Copies `cols` columns between row-major matrices of `rows` rows; `(start, width)` of source and destination.
@@ -121,7 +121,7 @@ impl Model {
             let (n, first) = (run.groups * block.rows, run.group * block.rows);
             let w = MatRef::dense(&weight[first * d_model..(first + n) * d_model], n, d_model);
             let columns = MatMut::new(&mut out[run.packed * block.rows..], rows, n, width);
-            gemm(exec, columns, x, Trans::No, w, Trans::Yes, 1.0, Store::Overwrite);
+            mixed_gemm(exec, columns, x, Trans::No, w, Trans::Yes, 1.0, Store::Overwrite);
         }
         if let Some(bias) = block.bias {
             let mut packed = vec![0.0; width];

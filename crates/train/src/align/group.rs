@@ -3,10 +3,11 @@
 use super::inputs::{Collector, LayerInputs};
 use crate::error::{Result, TrainError};
 use crate::optim::{Moments, StepRule, clip_scale};
+use crate::teacher::teacher;
 use kernels::elementwise::dot;
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm, mixed_gemm};
 use model::mixers::{self, HeadEnv, HeadLayout, HeadTensors, TensorClass};
-use model::{Model, ModelError, Progress, TokenBatch};
+use model::{Engine, Model, ModelError, Progress, TokenBatch};
 use surgery::HeadBank;
 
 /// Tasks per thread that a run over several layers should have at least.
@@ -28,6 +29,8 @@ pub(super) struct GroupTrainer {
 /// All groups of all layers.
 pub(super) struct Aligner<'a> {
     base: &'a Model,
+    /// The base again, for its layers' inputs and outputs.
+    teacher: Engine,
     layout: HeadLayout,
     /// `G·D`.
     width: usize,
@@ -78,6 +81,7 @@ impl<'a> Aligner<'a> {
         }
         Ok(Self {
             base,
+            teacher: teacher(exec, base)?,
             layout,
             width,
             groups,
@@ -116,7 +120,7 @@ impl<'a> Aligner<'a> {
     /// relative error per layer. Weights do not change (but for the gains).
     pub fn accumulate(&mut self, exec: &Exec, batch: &TokenBatch, fit_gain: bool) -> Result<Vec<f64>> {
         let at_once = self.layers_at_once(exec);
-        let (base, context, sequences) = (self.base, self.context(fit_gain), batch.sequences);
+        let (context, sequences) = (self.context(fit_gain), batch.sequences);
         let groups = &mut self.groups;
         let mut run = |layers: &[LayerInputs]| {
             let first = layers.first().map_or(0, |l| l.layer);
@@ -130,8 +134,8 @@ impl<'a> Aligner<'a> {
                 group.accumulate(&single, &context, &layers[i], g, sequences);
             });
         };
-        let mut collector = Collector::new(base.config.layers, sequences, at_once, &mut run);
-        base.forward_batch(exec, batch, &mut collector, None)?;
+        let mut collector = Collector::new(exec, batch.seq_len, at_once, &mut run);
+        self.teacher.observe(exec, batch, &mut |layer, x, out| collector.push(layer, x, out))?;
         collector.finish();
         Ok(self
             .groups
@@ -197,8 +201,8 @@ impl<'a> Aligner<'a> {
                     *sum = (sum.0 + error, sum.1 + reference);
                 }
             };
-            let mut collector = Collector::new(self.base.config.layers, 1, at_once, &mut run);
-            self.base.forward_batch(exec, &batch, &mut collector, None)?;
+            let mut collector = Collector::new(exec, sequence.len().max(1), at_once, &mut run);
+            self.teacher.observe(exec, &batch, &mut |layer, x, out| collector.push(layer, x, out))?;
             collector.finish();
             progress.advance(1, "");
         }
@@ -242,7 +246,7 @@ impl GroupTrainer {
             let fitted = mixers::fit_gain(
                 exec,
                 &context.env(inputs.layer, group, &self.weights),
-                inputs.x(0),
+                inputs.x(0).values,
                 target(0),
             );
             if let Some(fitted) = fitted.filter(|f| f.iter().all(|v| v.is_finite())) {
@@ -261,7 +265,7 @@ impl GroupTrainer {
             let saved = mixers::forward_train(exec, &env, x, MatMut::dense(&mut diff, seq, width));
             subtract(&mut diff, target(s));
             let d = MatRef::dense(&diff, seq, width);
-            gemm(
+            mixed_gemm(
                 exec,
                 MatMut::dense(&mut products, seq, width),
                 d,
@@ -307,7 +311,7 @@ impl GroupTrainer {
         let width = self.gram.len().isqrt();
         let rows = values.len() / width;
         let (a, b) = (MatRef::dense(values, rows, width), MatRef::dense(&self.gram, width, width));
-        gemm(exec, MatMut::dense(out, rows, width), a, Trans::No, b, Trans::No, 1.0, Store::Overwrite);
+        mixed_gemm(exec, MatMut::dense(out, rows, width), a, Trans::No, b, Trans::No, 1.0, Store::Overwrite);
     }
 }
 

@@ -1,8 +1,8 @@
 //! Collects what the base's attention blocks saw and did, and hands it on in groups of layers.
 
-use kernels::MatRef;
-use model::LayerObserver;
-use model::observe::AttnView;
+use kernels::packed::Shared;
+use kernels::{Exec, MatRef};
+use model::mixers::LayerInput;
 
 /// Inputs and head outputs of one layer for a whole batch.
 #[derive(Default)]
@@ -13,29 +13,29 @@ pub(super) struct LayerInputs {
     width: usize,
     /// `[sequences · seq, d_model]`.
     x: Vec<f32>,
+    /// Of each sequence's `x`, for all groups of the layer.
+    shared: Vec<Option<Shared>>,
     /// `[sequences · seq, heads · head_dim]`.
     out: Vec<f32>,
 }
 
 impl LayerInputs {
-    fn clear(&mut self, view: &AttnView<'_>) {
-        self.layer = view.layer;
-        (self.seq_len, self.d_model, self.width) = (view.x.rows(), view.x.cols(), view.out.cols());
-        self.x.clear();
-        self.out.clear();
-    }
-
-    fn push(&mut self, view: &AttnView<'_>) {
-        for t in 0..view.x.rows() {
-            self.x.extend_from_slice(view.x.row(t));
-            self.out.extend_from_slice(view.out.row(t));
-        }
+    fn fill(&mut self, exec: &Exec, layer: usize, seq_len: usize, x: MatRef<'_>, out: MatRef<'_>) {
+        (self.layer, self.seq_len, self.d_model, self.width) = (layer, seq_len, x.cols(), out.cols());
+        copy(x, &mut self.x);
+        copy(out, &mut self.out);
+        let sequences = 0..x.rows() / seq_len;
+        self.shared = sequences.map(|s| Shared::new(exec, x.rows_at(s * seq_len, seq_len))).collect();
     }
 
     /// Layer input of one sequence, `[seq, d_model]`.
-    pub fn x(&self, sequence: usize) -> MatRef<'_> {
+    pub fn x(&self, sequence: usize) -> LayerInput<'_> {
         let len = self.seq_len * self.d_model;
-        MatRef::dense(&self.x[sequence * len..(sequence + 1) * len], self.seq_len, self.d_model)
+        let values = &self.x[sequence * len..(sequence + 1) * len];
+        LayerInput {
+            values: MatRef::dense(values, self.seq_len, self.d_model),
+            shared: self.shared[sequence].as_ref(),
+        }
     }
 
     /// Head outputs of one sequence, `[seq, heads · head_dim]`.
@@ -45,11 +45,16 @@ impl LayerInputs {
     }
 }
 
+fn copy(from: MatRef<'_>, to: &mut Vec<f32>) {
+    to.clear();
+    (0..from.rows()).for_each(|t| to.extend_from_slice(from.row(t)));
+}
+
 /// Copies each layer's inputs and calls `run` when `layers_at_once` layers are there. A layer's few groups would leave threads idle at
 /// its end; several layers' groups together keep them busy, for the price of the copies.
 pub(super) struct Collector<'f> {
-    sequences: usize,
-    layers: usize,
+    exec: &'f Exec,
+    seq_len: usize,
     layers_at_once: usize,
     pending: Vec<LayerInputs>,
     spare: Vec<LayerInputs>,
@@ -58,12 +63,22 @@ pub(super) struct Collector<'f> {
 
 impl<'f> Collector<'f> {
     pub fn new(
-        layers: usize,
-        sequences: usize,
+        exec: &'f Exec,
+        seq_len: usize,
         layers_at_once: usize,
         run: &'f mut dyn FnMut(&[LayerInputs]),
     ) -> Self {
-        Self { sequences, layers, layers_at_once, pending: Vec::new(), spare: Vec::new(), run }
+        Self { exec, seq_len, layers_at_once, pending: Vec::new(), spare: Vec::new(), run }
+    }
+
+    /// Takes a layer's input and head outputs, all sequences one after another.
+    pub fn push(&mut self, layer: usize, x: MatRef<'_>, out: MatRef<'_>) {
+        let mut inputs = self.spare.pop().unwrap_or_default();
+        inputs.fill(self.exec, layer, self.seq_len, x, out);
+        self.pending.push(inputs);
+        if self.pending.len() >= self.layers_at_once {
+            self.flush();
+        }
     }
 
     /// Runs what is left after the pass.
@@ -76,26 +91,5 @@ impl<'f> Collector<'f> {
             (self.run)(&self.pending);
             self.spare.append(&mut self.pending);
         }
-    }
-}
-
-impl LayerObserver for Collector<'_> {
-    fn attention(&mut self, view: AttnView<'_>) {
-        if view.sequence == 0 {
-            let mut inputs = self.spare.pop().unwrap_or_default();
-            inputs.clear(&view);
-            self.pending.push(inputs);
-        }
-        if let Some(inputs) = self.pending.last_mut() {
-            assert_eq!(inputs.layer, view.layer, "sequences of a layer come one after the other");
-            inputs.push(&view);
-        }
-        if view.sequence + 1 == self.sequences && self.pending.len() >= self.layers_at_once {
-            self.flush();
-        }
-    }
-
-    fn last_layer(&self) -> Option<usize> {
-        self.layers.checked_sub(1)
     }
 }

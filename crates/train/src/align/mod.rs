@@ -178,7 +178,7 @@ impl<'a> Run<'a> {
         let aligner = Aligner::new(exec, base, &bank)?;
         let total =
             if aligner.trainable() { options.tokens.div_ceil((sequences * seq_len) as u64) } else { 0 };
-        let settings = state::settings(&bank, data, options);
+        let settings = state::settings(exec, &bank, data, options);
         let info = bank.info;
         let mut run = Self {
             exec,
@@ -308,6 +308,31 @@ impl<'a> Run<'a> {
         }
         bank.write(&options.out, &base.config)?;
         Ok(bank)
+    }
+}
+
+/// Steps without files or schedule, to be timed.
+pub(crate) struct Timed<'a> {
+    aligner: Aligner<'a>,
+    updates: u64,
+}
+
+impl<'a> Timed<'a> {
+    /// Starts from the heads of `bank`.
+    pub fn new(exec: &Exec, base: &'a Model, bank: &HeadBank) -> Result<Self> {
+        Ok(Self { aligner: Aligner::new(exec, base, bank)?, updates: 0 })
+    }
+
+    /// One optimiser step on `batch`.
+    pub fn step(&mut self, exec: &Exec, batch: &TokenBatch, lr: f32) -> Result<()> {
+        self.aligner.accumulate(exec, batch, false)?;
+        self.updates += 1;
+        let AlignOptions { projection_lr_scale, clip, .. } = AlignOptions::default();
+        let rates =
+            StepRates { lr, projection_scale: projection_lr_scale, betas: BETAS, update: self.updates, clip };
+        let norms = self.aligner.layer_norms();
+        self.aligner.update(exec, &norms, &rates);
+        Ok(())
     }
 }
 

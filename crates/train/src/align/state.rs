@@ -4,6 +4,7 @@ use super::{AlignOptions, Run};
 use crate::data::SequenceStream;
 use crate::error::Result;
 use crate::state::{SavedState, StateTensor, check_same_settings, load_state, save_state, with_suffix};
+use kernels::Exec;
 use model::Progress;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -28,7 +29,12 @@ const VERSION: u32 = 1;
 const STAGE: &str = "align";
 
 /// What may not change between an interrupted run and its continuation. Numbers are written as text, which is exact.
-pub(super) fn settings(bank: &HeadBank, data: &SequenceStream, options: &AlignOptions) -> serde_json::Value {
+pub(super) fn settings(
+    exec: &Exec,
+    bank: &HeadBank,
+    data: &SequenceStream,
+    options: &AlignOptions,
+) -> serde_json::Value {
     serde_json::json!({
         "mixer": bank.info.spec,
         "bank tokens": bank.info.tokens,
@@ -39,6 +45,7 @@ pub(super) fn settings(bank: &HeadBank, data: &SequenceStream, options: &AlignOp
         "warm-up": options.warmup,
         "final lr": options.final_lr.to_string(),
         "clip": options.clip.to_string(),
+        "precision": format!("{:?}", exec.precision()),
         "data": data.fingerprint(),
     })
 }

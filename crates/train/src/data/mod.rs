@@ -11,7 +11,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use english::english_small;
+pub use english::{BuiltIn, built_in};
 pub use file::read_file;
 pub use heldout::split_pair;
 pub use sampled::self_sampled;
@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 pub enum DataSource {
     /// A file.
     File(PathBuf),
-    /// `english-small`: the built-in text (`split` chosen by the caller).
-    EnglishSmall,
+    /// A built-in text (`split` chosen by the caller).
+    BuiltIn(BuiltIn),
     /// `self`: text sampled from the base model.
     SelfSampled,
 }
@@ -80,17 +80,18 @@ impl Default for SelfOptions {
 }
 
 impl DataSource {
-    /// Decides what `arg` names: an existing path, then `english-small` or `self`; anything else is an error.
+    /// Decides what `arg` names: an existing path, then a built-in text or `self`; anything else is an error.
     pub fn parse(arg: &str) -> Result<Self> {
-        match arg {
+        let built_in = BuiltIn::ALL.into_iter().find(|text| text.name() == arg);
+        match (arg, built_in) {
             _ if Path::new(arg).is_file() => Ok(Self::File(PathBuf::from(arg))),
-            "english-small" => Ok(Self::EnglishSmall),
-            "self" => Ok(Self::SelfSampled),
+            (_, Some(text)) => Ok(Self::BuiltIn(text)),
+            ("self", _) => Ok(Self::SelfSampled),
             _ if Path::new(arg).is_dir() => Err(TrainError::Argument(format!(
                 "data `{arg}` is a folder\nhint: name its files one by one"
             ))),
             _ => Err(TrainError::Argument(format!(
-                "data `{arg}` is no file and no built-in source\nhint: built-in are `english-small` and `self`"
+                "data `{arg}` is no file and no built-in source\nhint: built-in are `english-small`, `english-mixed` and `self`"
             ))),
         }
     }

@@ -195,7 +195,9 @@ fn data_arguments() {
     fs::write(&path, "x").unwrap();
     assert_eq!(DataSource::parse(path.to_str().unwrap()).unwrap(), DataSource::File(path));
     assert_eq!(DataSource::parse("self").unwrap(), DataSource::SelfSampled);
-    assert_eq!(DataSource::parse("english-small").unwrap(), DataSource::EnglishSmall);
+    for text in BuiltIn::ALL {
+        assert_eq!(DataSource::parse(text.name()).unwrap(), DataSource::BuiltIn(text));
+    }
     assert!(DataSource::parse("no/such/file").unwrap_err().to_string().contains("english-small"));
     assert!(DataSource::parse(dir.path().to_str().unwrap()).unwrap_err().to_string().contains("folder"));
 }

@@ -175,7 +175,7 @@ impl<'a> Run<'a> {
         if options.batch == 0 || options.accumulate == 0 {
             return Err(TrainError::Argument("batch and accumulate must be at least 1".into()));
         }
-        let settings = state::settings(hybrid, data, options);
+        let settings = state::settings(exec, hybrid, data, options);
         let mut trainer = Trainer::new(exec, base, hybrid, options)?;
         state::restore(&mut trainer, hybrid, data, options, &settings, progress)?;
         let dir = &options.state_dir;

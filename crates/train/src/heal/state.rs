@@ -6,6 +6,7 @@ use crate::data::SequenceStream;
 use crate::error::Result;
 use crate::optim::Moments;
 use crate::state::{StateTensor, check_same_settings, load_state, save_state};
+use kernels::Exec;
 use model::{Model, Progress};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -34,7 +35,12 @@ fn stage_name(stage: Stage) -> String {
 }
 
 /// What may not change between an interrupted run and its continuation. Numbers are written as text, which is exact.
-pub(super) fn settings(hybrid: &Model, data: &SequenceStream, options: &HealOptions) -> serde_json::Value {
+pub(super) fn settings(
+    exec: &Exec,
+    hybrid: &Model,
+    data: &SequenceStream,
+    options: &HealOptions,
+) -> serde_json::Value {
     serde_json::json!({
         "stage": stage_name(options.stage),
         "trainable": format!("{:?}", options.trainable),
@@ -49,6 +55,7 @@ pub(super) fn settings(hybrid: &Model, data: &SequenceStream, options: &HealOpti
         "final lr": options.final_lr.to_string(),
         "clip": options.clip.to_string(),
         "seed": options.seed,
+        "precision": format!("{:?}", exec.precision()),
         "data": data.fingerprint(),
         "hybrid": digest(hybrid),
     })

@@ -4,15 +4,16 @@ use super::lora::{Factors, TARGETS};
 use super::{HealOptions, Stage, Trainable};
 use crate::error::{Result, TrainError};
 use crate::optim::{Moments, StepRule, clip_scale, sum_of_squares};
+use crate::teacher::teacher;
 use kernels::Exec;
 use kernels::loss::{cross_entropy, kl_divergence};
 use model::mixers::TensorClass;
 use model::plan::PlanModel;
-use model::{Grads, Model, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
+use model::{Engine, Grads, Model, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
 use std::collections::HashSet;
 
 /// Rows of logits in memory at once.
-const LOGIT_ROWS: usize = 256;
+const LOGIT_ROWS: usize = 512;
 /// A target that counts for no loss.
 const IGNORED: u32 = u32::MAX;
 
@@ -48,7 +49,8 @@ pub(super) struct LowRank {
 /// Optimiser state and buffers of a hybrid in training. The hybrid itself is passed to every step and must be the same.
 pub struct Trainer<'a> {
     exec: &'a Exec,
-    base: &'a Model,
+    /// The base, when it teaches.
+    teacher: Option<Engine>,
     stage: Stage,
     betas: (f32, f32),
     weight_decay: f32,
@@ -57,7 +59,7 @@ pub struct Trainer<'a> {
     steps: u64,
     pub(super) full: Vec<Full>,
     pub(super) low_rank: Vec<LowRank>,
-    /// W₀ of the low-rank updates, shared with whoever else holds it.
+    /// W₀ of the low-rank updates, shared with whoever else holds it; nothing without them, since holding it keeps a copy of what trains.
     original: ParamStore,
     grads: Grads,
     tape: Tape,
@@ -107,16 +109,19 @@ impl<'a> Trainer<'a> {
         let ids: Vec<ParamId> = full.iter().map(|f| f.id).chain(low_rank.iter().map(|l| l.id)).collect();
         Ok(Self {
             exec,
-            base,
+            teacher: match options.stage {
+                Stage::Distill { .. } => Some(teacher(exec, base)?),
+                Stage::Continue => None,
+            },
             stage: options.stage,
             betas: options.betas,
             weight_decay: options.weight_decay,
             clip: options.clip,
             base_lr_scale: options.base_lr_scale,
             steps: 0,
+            original: if low_rank.is_empty() { ParamStore::default() } else { hybrid.params.clone() },
             full,
             low_rank,
-            original: hybrid.params.clone(),
             grads: Grads::zeros(&hybrid.params, &ids),
             tape: Tape::default(),
         })
@@ -207,9 +212,9 @@ impl<'a> Trainer<'a> {
     ) -> Result<(f64, f64)> {
         let exec = self.exec;
         let (vocab, d_model) = (hybrid.config.vocab, hybrid.config.d_model);
-        let teacher = match self.stage {
-            Stage::Distill { .. } => Some(self.base.forward_batch(exec, batch, &mut NoObserver, None)?),
-            Stage::Continue => None,
+        let teacher = match &self.teacher {
+            Some(engine) => Some((engine, engine.observe(exec, batch, &mut |_, _, _| {})?)),
+            None => None,
         };
         let (kl_weight, ce_weight) = match self.stage {
             Stage::Distill { kl, ce } => (kl / rows.max(1) as f32, ce / targets.max(1) as f32),
@@ -228,8 +233,8 @@ impl<'a> Trainer<'a> {
             values.resize(labels.len(), 0.0);
             cross_entropy(exec, &logits, vocab, labels, ce_weight, &mut values, Some(&mut dlogits));
             ce_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
-            if let Some(teacher) = &teacher {
-                let wanted = self.base.logits(exec, &teacher[range]);
+            if let Some((engine, hidden)) = &teacher {
+                let wanted = engine.logits(exec, &hidden[range]);
                 kl_divergence(exec, &wanted, &logits, vocab, kl_weight, &mut values, Some(&mut dlogits));
                 kl_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             }

@@ -4,7 +4,9 @@ mod initial;
 mod naive;
 
 use super::*;
+use kernels::Precision;
 use kernels::kv::KvType;
+use kernels::packed::Shared;
 use naive::Naive;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -63,7 +65,10 @@ fn layout(case: Case) -> HeadLayout {
 
 impl Fixture {
     fn new(case: Case) -> Self {
-        let layout = layout(case);
+        Self::of(case, layout(case))
+    }
+
+    fn of(case: Case, layout: HeadLayout) -> Self {
         let HeadDims { d_model, head_dim, .. } = layout.dims;
         let d_inner = layout.d_inner();
         let mut rng = ChaCha8Rng::seed_from_u64(7 + case.seq as u64);
@@ -88,7 +93,8 @@ impl Fixture {
         ];
         let x = draw(case.seq * d_model, 1.0, 0.0);
         let dout = draw(case.seq * d_inner, 1.0, 0.0);
-        Self { layout, tensors, base, inv_freq: vec![1.0, 0.21, 0.046], x, dout }
+        let inv_freq = (0..head_dim / 2).map(|i| 0.21f64.powi(i as i32)).collect();
+        Self { layout, tensors, base, inv_freq, x, dout }
     }
 
     fn env(&self) -> HeadEnv<'_> {
@@ -417,6 +423,55 @@ fn a_ring_holds_sinks_and_window_once_and_in_order() {
                 let held: Vec<f32> = ring.positions(seen + chunk).map(|p| p as f32).collect();
                 assert_eq!(keys, held);
                 assert_eq!(values.len(), held.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn bfloat16_products_stay_close_to_f32() {
+    // Factors of 8 bits through a few stages, and sums over tokens that partly cancel; a wrong term would be of order one.
+    const TOLERANCE: f64 = 0.06;
+    let exact = Exec::new(2).unwrap();
+    let Ok(rounded) = exact.with_precision(Precision::Bf16) else { return };
+    for kind in KINDS {
+        let d_state = match kind {
+            RecurrentKind::None => 0,
+            RecurrentKind::Mamba => 16,
+            RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => 32,
+        };
+        let d_conv = if kind == RecurrentKind::None { 0 } else { 4 };
+        let case = Case { kind, window: 16, sinks: 1, q_heads: 2, seq: 100, dressed: false };
+        let spec = MixerSpec { recurrent: kind, window: 16, sinks: 1, d_state, d_conv };
+        let dims = HeadDims { d_model: 96, q_heads: 2, head_dim: 32, qkv_bias: false };
+        let mut fixture = Fixture::of(case, HeadLayout { spec, dims });
+        // Sums of 96 terms of order one would saturate every gate.
+        fixture.x.iter_mut().for_each(|x| *x *= 0.2);
+        let env = fixture.env();
+        let run = |exec: &Exec, x: LayerInput<'_>| -> Vec<(&str, Vec<f32>)> {
+            let (seq, d_inner) = (fixture.x().rows(), fixture.layout.d_inner());
+            let (mut out, mut dx) = (vec![0.0; fixture.dout.len()], vec![0.0; fixture.x.len()]);
+            let saved = forward_train(exec, &env, x, MatMut::dense(&mut out, seq, d_inner));
+            let mut grads = fixture.layout.zeros();
+            let dx_mat = MatMut::dense(&mut dx, seq, dims.d_model);
+            backward(exec, &env, x, &saved, fixture.dout(), Some(&mut grads), Some(dx_mat), None);
+            let names = fixture.layout.tensors().into_iter().map(|t| t.name);
+            [("out", out), ("dx", dx)].into_iter().chain(names.zip(grads.values)).collect()
+        };
+        let want = run(&exact, fixture.x().into());
+        let shared = Shared::new(&rounded, fixture.x()).expect("large enough");
+        for (form, x) in [
+            ("alone", fixture.x().into()),
+            ("shared", LayerInput { values: fixture.x(), shared: Some(&shared) }),
+        ] {
+            let got = run(&rounded, x);
+            assert_ne!(got, want, "{kind:?} {form}: nothing was rounded");
+            for ((name, got), (_, want)) in got.iter().zip(&want) {
+                let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+                let pairs = got.iter().zip(want);
+                let error = norm(&mut pairs.map(|(g, w)| f64::from(g - w)));
+                let scale = norm(&mut want.iter().map(|&w| f64::from(w)));
+                assert!(error <= TOLERANCE * scale, "{kind:?} {form} {name}: {error:e} of {scale:e}");
             }
         }
     }

@@ -1,12 +1,12 @@
 //! The backward pass through converted groups.
 
-use super::super::batch::rows_of;
+use super::super::batch::{rows_of, shared_forms};
 use super::{Model, Pass, add};
-use crate::mixers::{self, BaseGroupGrads, HeadTensors};
+use crate::mixers::{self, BaseGroupGrads, HeadTensors, LayerInput};
 use crate::params::{Grads, ParamId};
 use crate::plan::RecurrentKind;
 use kernels::elementwise::axpy;
-use kernels::{Exec, MatMut, MatRef};
+use kernels::{Exec, MatMut};
 
 /// Gradients of one (group, sequence) of a converted group.
 struct HeadJob {
@@ -44,6 +44,7 @@ impl Model {
         let jobs = groups.len() * sequences;
         let inner = if jobs == 1 { exec.clone() } else { exec.single() };
         let wave = exec.threads().max(1);
+        let forms = shared_forms(exec, x, jobs.min(sequences), seq, d_model);
         for start in (0..jobs).step_by(wave) {
             let done = exec.parallel_map(wave.min(jobs - start), |i| {
                 let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
@@ -52,7 +53,7 @@ impl Model {
                     &inner,
                     layer,
                     ids.converted[index],
-                    rows_of(x, s, seq, d_model),
+                    LayerInput { values: rows_of(x, s, seq, d_model), shared: forms[s].as_ref() },
                     saved,
                     (dout, s, seq),
                     grads,
@@ -75,7 +76,7 @@ impl Model {
         exec: &Exec,
         layer: usize,
         group: usize,
-        x: MatRef<'_>,
+        x: LayerInput<'_>,
         saved: &mixers::HeadSaved,
         (dout, s, seq): (&[f32], usize, usize),
         grads: &Grads,

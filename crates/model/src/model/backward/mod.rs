@@ -11,7 +11,7 @@ use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
 use kernels::elementwise::{add_column_sums, rms_norm_backward, swiglu, swiglu_backward};
 use kernels::rope::Rotation;
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// What every layer's backward reads.
 struct Pass<'a> {
@@ -49,7 +49,7 @@ fn weight_grad(
 ) {
     if let Some(grad) = grads.get_mut(id) {
         let (dy, x) = (MatRef::dense(dy, rows, n), MatRef::dense(x, rows, k));
-        gemm(exec, MatMut::dense(grad, n, k), dy, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+        mixed_gemm(exec, MatMut::dense(grad, n, k), dy, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
     }
 }
 
@@ -63,7 +63,7 @@ fn input_grad(
     store: Store,
 ) {
     let (dy, w) = (MatRef::dense(dy, rows, n), MatRef::dense(w, n, k));
-    gemm(exec, MatMut::dense(dx, rows, k), dy, Trans::No, w, Trans::No, 1.0, store);
+    mixed_gemm(exec, MatMut::dense(dx, rows, k), dy, Trans::No, w, Trans::No, 1.0, store);
 }
 
 fn add(from: &[f32], to: &mut [f32]) {
@@ -320,12 +320,12 @@ impl Model {
             let w = first * d_model..(first + n) * d_model;
             if let Some(target) = grads.get_mut(block.weight) {
                 let target = MatMut::dense(&mut target[w.clone()], n, d_model);
-                gemm(exec, target, columns, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
+                mixed_gemm(exec, target, columns, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
             }
             if let Some(dx) = dx.as_deref_mut() {
                 let w = MatRef::dense(&weight[w], n, d_model);
                 let target = MatMut::dense(dx, rows, d_model);
-                gemm(exec, target, columns, Trans::No, w, Trans::No, 1.0, Store::Accumulate);
+                mixed_gemm(exec, target, columns, Trans::No, w, Trans::No, 1.0, Store::Accumulate);
             }
         }
         if let Some(target) = block.bias.and_then(|bias| grads.get_mut(bias)) {

@@ -1,0 +1,120 @@
+//! `bench-train`: speed and memory of training steps.
+
+use crate::common::{MixerArg, TrainExecArgs, check_context, load, print_json, usage};
+use crate::ui::Ui;
+use anyhow::Result;
+use serde_json::json;
+use surgery::bank::init_bank;
+use surgery::convert::convert_in_memory;
+use surgery::criteria;
+use surgery::select::{SelectOptions, select};
+use surgery::stats::{AnalyzeOptions, analyze};
+use train::bench::{Contestants, StepKind, StepShape, random_tokens, time_steps};
+
+/// Tokens that the starting values of the timed heads are measured on.
+const ANALYZED: usize = 512;
+
+/// Time training steps on random tokens: every weight (`full`), the new heads of a hybrid against its base (`distill`),
+/// replacement heads of all groups (`align`). Nothing is written.
+///
+/// Example:
+///   recurformer bench-train --model smollm2-135m --steps full,align --batch 2 --context 512
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Folder, GGUF file, hub id or built-in name of a base model.
+    #[arg(long)]
+    model: String,
+    /// Kinds of steps, comma-separated.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "full,distill,align")]
+    steps: Vec<StepArg>,
+    /// Sequences per step.
+    #[arg(long, default_value_t = 2)]
+    batch: usize,
+    /// Tokens per sequence.
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Steps of each kind; the median counts.
+    #[arg(long, default_value_t = 4)]
+    repeats: usize,
+    /// Share of the groups that are converted for `distill`.
+    #[arg(long, default_value_t = 0.75)]
+    beta: f64,
+    /// Recurrent mixer.
+    #[arg(long, value_enum, default_value_t = MixerArg::Mamba2)]
+    mixer: MixerArg,
+    /// Tokens of the mixers' window.
+    #[arg(long, default_value_t = 64)]
+    window: usize,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    exec: TrainExecArgs,
+}
+
+/// `--steps`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum StepArg {
+    Full,
+    Distill,
+    Align,
+}
+
+impl From<StepArg> for StepKind {
+    fn from(arg: StepArg) -> Self {
+        match arg {
+            StepArg::Full => Self::Full,
+            StepArg::Distill => Self::Distill,
+            StepArg::Align => Self::Align,
+        }
+    }
+}
+
+pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    if !(0.0..=1.0).contains(&args.beta) {
+        return Err(usage(format!("--beta {} must be between 0 and 1", args.beta)));
+    }
+    let exec = args.exec.exec()?;
+    let base = load(&args.model, ui)?.model;
+    check_context(&base.config, args.context)?;
+    let sequence = random_tokens(&base.config, ANALYZED.min(base.config.max_context), 0);
+    let heads = analyze(&exec, &base, &[sequence], &AnalyzeOptions::default(), ui)?;
+    let spec = args.mixer.spec(&base.config, args.window, None)?;
+    let bank = init_bank(&base, spec, &heads, 0)?;
+    let options = SelectOptions {
+        beta: args.beta,
+        keep_at_least_per_layer: 0,
+        mixer: spec,
+        criterion: model::plan::PlanCriterion {
+            name: "random".into(),
+            tokens: heads.tokens,
+            bank_sha256: None,
+            data_sha256: None,
+            seed: Some(0),
+        },
+    };
+    let plan = select(&base.config, &criteria::scores("random", &heads, None, 0)?, &options)?;
+    let hybrid = convert_in_memory(&base, &plan, Some(&bank), Some(&heads), 0)?;
+    let contestants = Contestants { base: &base, hybrid: &hybrid, bank: &bank };
+    let shape = StepShape { sequences: args.batch, seq_len: args.context, steps: args.repeats };
+    let mut speeds = Vec::with_capacity(args.steps.len());
+    for &step in &args.steps {
+        speeds.push(time_steps(&exec, step.into(), &contestants, shape, ui)?);
+    }
+    let precision = format!("{:?}", exec.precision()).to_lowercase();
+    if args.json {
+        return print_json(&json!({
+            "model": args.model, "threads": exec.threads(), "isa": exec.isa().name(), "precision": precision, "beta": args.beta,
+            "mixer": spec, "results": speeds,
+        }));
+    }
+    println!("{} threads, {}, {precision}", exec.threads(), exec.isa().name());
+    println!("{:<8} {:>10} {:>10}", "step", "batch", "tokens/s");
+    for speed in &speeds {
+        let name = format!("{:?}", speed.step).to_lowercase();
+        let batch = format!("{} x {}", speed.sequences, speed.seq_len);
+        println!("{name:<8} {batch:>10} {:>10.1}", speed.tokens_per_s);
+    }
+    Ok(())
+}

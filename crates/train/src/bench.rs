@@ -1,0 +1,127 @@
+//! Speed of training: how many tokens a second each kind of step takes. Random tokens; weights change, quality is not judged.
+
+use crate::align::Timed;
+use crate::error::{Result, TrainError};
+use crate::heal::{HealOptions, Stage, Trainable, Trainer};
+use kernels::Exec;
+use model::{Model, ModelConfig, Progress, TokenBatch};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use std::time::Instant;
+use surgery::HeadBank;
+
+/// A learning rate at which nothing diverges in a few steps.
+const LR: f32 = 1e-5;
+
+/// A kind of training step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepKind {
+    /// Every weight of the base on next tokens: forward, backward, AdamW.
+    Full,
+    /// The new heads of a hybrid against the base, which runs too.
+    Distill,
+    /// Replacement heads of every group against the base's own, which runs too.
+    Align,
+}
+
+/// What is trained.
+pub struct Contestants<'a> {
+    /// The original model.
+    pub base: &'a Model,
+    /// Converted from it, for [`StepKind::Distill`].
+    pub hybrid: &'a Model,
+    /// Heads of all its groups, for [`StepKind::Align`].
+    pub bank: &'a HeadBank,
+}
+
+/// How long a measurement is.
+#[derive(Clone, Copy, Debug)]
+pub struct StepShape {
+    /// Sequences of a batch.
+    pub sequences: usize,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Steps that count; one more comes first.
+    pub steps: usize,
+}
+
+/// A measured speed.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepSpeed {
+    /// What was timed.
+    pub step: StepKind,
+    /// Sequences of a batch.
+    pub sequences: usize,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Tokens of a step over the median step's seconds.
+    pub tokens_per_s: f64,
+}
+
+/// `count` random tokens.
+pub fn random_tokens(config: &ModelConfig, count: usize, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..count).map(|_| rng.random_range(0..config.vocab as u32)).collect()
+}
+
+/// Times steps of one kind.
+///
+/// # Errors
+/// [`TrainError::Argument`] for empty batches or no steps, [`TrainError::Interrupted`], and whatever training refuses.
+pub fn time_steps(
+    exec: &Exec,
+    kind: StepKind,
+    contestants: &Contestants<'_>,
+    shape: StepShape,
+    progress: &mut dyn Progress,
+) -> Result<StepSpeed> {
+    let StepShape { sequences, seq_len, steps } = shape;
+    let Contestants { base, hybrid, bank } = *contestants;
+    if sequences == 0 || seq_len < 2 || steps == 0 {
+        return Err(TrainError::Argument(
+            "a timed step needs a sequence of at least 2 tokens, and a step".into(),
+        ));
+    }
+    let mut seconds = Vec::with_capacity(steps);
+    progress.start(&format!("{kind:?} steps").to_lowercase(), steps as u64 + 1, "steps");
+    let mut timed = |step: &mut dyn FnMut(&TokenBatch) -> Result<()>| -> Result<()> {
+        for i in 0..=steps {
+            if progress.cancelled() {
+                return Err(TrainError::Interrupted);
+            }
+            let tokens = random_tokens(&base.config, sequences * seq_len, i as u64);
+            let batch = TokenBatch { sequences, seq_len, tokens };
+            let clock = Instant::now();
+            step(&batch)?;
+            if i > 0 {
+                seconds.push(clock.elapsed().as_secs_f64());
+            }
+            progress.advance(1, "");
+        }
+        Ok(())
+    };
+    match kind {
+        StepKind::Align => {
+            let mut aligner = Timed::new(exec, base, bank)?;
+            timed(&mut |batch| aligner.step(exec, batch, LR))?;
+        }
+        StepKind::Full | StepKind::Distill => {
+            let (mut trained, stage, trainable) = match kind {
+                StepKind::Full => (base.clone(), Stage::Continue, Trainable::All),
+                _ => (hybrid.clone(), HealOptions::default().stage, Trainable::Heads),
+            };
+            let options = HealOptions { stage, trainable, base_lr_scale: 1.0, ..HealOptions::default() };
+            let mut trainer = Trainer::new(exec, base, &trained, &options)?;
+            timed(&mut |batch| {
+                trainer.step(&mut trained, std::slice::from_ref(batch), LR)?;
+                Ok(())
+            })?;
+        }
+    }
+    progress.finish();
+    seconds.sort_by(f64::total_cmp);
+    let tokens_per_s = (sequences * seq_len) as f64 / seconds[seconds.len() / 2];
+    Ok(StepSpeed { step: kind, sequences, seq_len, tokens_per_s })
+}
