@@ -5,7 +5,8 @@
 use crate::chunk::{CHUNK, Decay, check_len, scale};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, exp};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, STACK, Store, Trans, gemm};
+use smallvec::{SmallVec, smallvec};
 
 mod backward;
 #[cfg(test)]
@@ -334,15 +335,15 @@ pub fn gated_delta_step(
 fn step<S: Simd>(s: S, shape: DeltaShape, inputs: DeltaInputs<'_>, state: &mut [f32], y: &mut [f32]) {
     let DeltaShape { d_state, head_dim, .. } = shape;
     let decay = exp(s, inputs.log_a[0]);
-    let mut read = vec![0.0; head_dim];
+    let mut read: SmallVec<[f32; STACK]> = smallvec![0.0; head_dim];
     for (row, &k) in state.chunks_exact(head_dim).zip(inputs.k) {
         axpy(s, k, row, &mut read);
     }
-    let mut wrong = vec![0.0; head_dim];
+    let mut wrong: SmallVec<[f32; STACK]> = smallvec![0.0; head_dim];
     error(s, decay, inputs.v, &read, &mut wrong);
     for (row, &k) in state.chunks_exact_mut(head_dim).zip(inputs.k) {
         let write = inputs.beta[0] * k;
-        for (row, &wrong) in row.iter_mut().zip(&wrong) {
+        for (row, &wrong) in row.iter_mut().zip(&*wrong) {
             *row = s.fma(decay, *row, write * wrong);
         }
     }

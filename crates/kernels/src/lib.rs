@@ -33,6 +33,9 @@ pub use gemm::{Store, Trans, gemm, mixed_gemm};
 pub use isa::{Isa, IsaLevel};
 pub use mat::{MatMut, MatRef};
 
+/// Values of one head that kernels of single tokens keep on the stack; longer heads take an allocation.
+const STACK: usize = 256;
+
 /// Why a kernel context could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {

@@ -1,11 +1,12 @@
 //! Pages of cached keys and values: layout, append, fork, truncate. Knows nothing of attention.
 
+use smallvec::{SmallVec, smallvec};
 use std::sync::Arc;
 
 use super::KvType;
 use super::rounding::{quantize, to_bf16, to_f16};
 use crate::isa::dispatch;
-use crate::{Exec, MatRef};
+use crate::{Exec, MatRef, STACK};
 
 /// Positions of a page.
 pub(super) const PAGE: usize = 256;
@@ -327,7 +328,7 @@ fn write_slab(exec: &Exec, layout: Layout, slab: &mut [u8], first: usize, k: Mat
         KvType::Q8 => dispatch!(exec.isa(), {
             let (k_out, v_out) = (values_mut::<i8>(k_bytes), values_mut::<i8>(v_bytes));
             let (k_scales, v_scales) = values_mut::<f32>(scales).split_at_mut(PAGE);
-            let mut codes = vec![0i8; 2 * layout.head_dim];
+            let mut codes: SmallVec<[i8; 2 * STACK]> = smallvec![0i8; 2 * layout.head_dim];
             let (k_codes, v_codes) = codes.split_at_mut(layout.head_dim);
             for t in 0..k.rows() {
                 k_scales[first + t] = quantize(k.row(t), k_codes);
@@ -350,7 +351,7 @@ fn write_converted(
     convert: impl Fn(f32) -> u16,
 ) {
     let (k_out, v_out) = (values_mut::<u16>(k_bytes), values_mut::<u16>(v_bytes));
-    let mut row = vec![0u16; 2 * layout.head_dim];
+    let mut row: SmallVec<[u16; 2 * STACK]> = smallvec![0u16; 2 * layout.head_dim];
     let (k_row, v_row) = row.split_at_mut(layout.head_dim);
     for t in 0..k.rows() {
         for (out, &x) in k_row.iter_mut().zip(k.row(t)) {

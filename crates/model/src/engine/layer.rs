@@ -257,7 +257,7 @@ impl Layer {
         let (width, per_group) = (config.heads * config.head_dim, layout.d_inner());
         let count = self.converted.len() * memories.len();
         ws.steps.resize_with(count.max(ws.steps.len()), StepScratch::default);
-        let mut jobs = Vec::with_capacity(count);
+        let mut jobs: SmallVec<[StepJob<'_>; 8]> = SmallVec::with_capacity(count);
         let mut scratches = ws.steps.iter_mut();
         for (s, (memory, row)) in memories.iter_mut().zip(ws.heads.chunks_exact_mut(width)).enumerate() {
             let mut caches = memory.heads.iter_mut().flatten();
@@ -272,7 +272,9 @@ impl Layer {
         let (rotated_width, recurrent) =
             (layout.rotated_width(), layout.spec.recurrent != RecurrentKind::None);
         let single = exec.single();
-        exec.parallel_items(jobs, |_, StepJob { i, s, cache, scratch, out }| {
+        exec.parallel_chunks(&mut jobs, 1, |_, job| {
+            let StepJob { i, s, cache, scratch, out } = &mut job[0];
+            let (i, s) = (*i, *s);
             let group = &self.converted[i];
             let block = |b: usize| {
                 let Block { segment, column, width } = group.blocks[b];

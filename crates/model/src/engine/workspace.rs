@@ -1,4 +1,4 @@
-//! Buffers of a pass, allocated once and reused from token to token (a hybrid layer still makes one small list of its jobs).
+//! Buffers of a pass, allocated once and reused from token to token.
 
 use crate::mixers::StepScratch;
 use kernels::kv::AttendScratch;
