@@ -1,5 +1,6 @@
 //! Arguments and loading shared by the commands.
 
+use crate::allocator::keep_freed_pages;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use kernels::kv::KvType;
@@ -75,8 +76,9 @@ pub enum PrecisionArg {
 }
 
 impl TrainExecArgs {
-    /// The execution context of training.
+    /// The execution context of training; the process keeps its memory from now on.
     pub fn exec(&self) -> Result<Exec> {
+        keep_freed_pages();
         let exec = self.exec.exec()?;
         let precision = match self.precision {
             None => exec.fastest_precision(),

@@ -1,6 +1,7 @@
 //! The `recurformer` command: parses arguments, calls the library crates, prints. Holds no logic of its own.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod allocator;
 mod commands;
 mod common;
 mod hints;
@@ -8,10 +9,6 @@ mod ui;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-
-/// Passes allocate and free large buffers all the time; this allocator keeps their pages instead of returning them.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Turn pretrained Transformers into hybrids whose recency-aware attention heads are recurrent, and run them.
 ///

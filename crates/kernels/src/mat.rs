@@ -64,6 +64,12 @@ impl<'a> MatRef<'a> {
     pub fn data(&self) -> &'a [f32] {
         self.data
     }
+    /// The values row by row, without what lies between rows.
+    pub fn to_dense(&self) -> Vec<f32> {
+        let mut dense = Vec::with_capacity(self.rows * self.cols);
+        (0..self.rows).for_each(|r| dense.extend_from_slice(self.row(r)));
+        dense
+    }
     /// Columns `start..start + cols` of every row.
     pub fn columns(&self, start: usize, cols: usize) -> MatRef<'a> {
         assert!(start + cols <= self.cols, "columns {start}+{cols} of {}", self.cols);

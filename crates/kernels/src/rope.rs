@@ -1,5 +1,7 @@
 //! Rotary position embedding, Hugging Face's half-split convention (`rotate_half`).
 
+use std::cell::RefCell;
+
 use crate::isa::dispatch;
 use crate::simd::Simd;
 use crate::{Exec, MatMut};
@@ -37,30 +39,23 @@ pub fn rope(
     let fits = seq_len > 0 && x.len().is_multiple_of(seq_len * head_dim);
     assert!(fits, "{} values are not {seq_len} rows of heads of {head_dim}", x.len());
     let width = x.len() / seq_len;
-    // (sin, cos) of every offset from an anchor that occurs.
-    let offsets: Vec<Vec<(f64, f64)>> = (0..ANCHOR)
-        .map(|offset| match (offset + ANCHOR - pos0 % ANCHOR) % ANCHOR < seq_len {
-            true => inv_freq.iter().map(|f| (offset as f64 * f).sin_cos()).collect(),
-            false => Vec::new(),
-        })
-        .collect();
-    exec.parallel_chunks(x, ANCHOR * width, |chunk, x| {
-        let mut anchor = (usize::MAX, Vec::new());
-        let (mut sin, mut cos) = (vec![0.0f32; head_dim / 2], vec![0.0f32; head_dim / 2]);
-        for (t, x) in x.chunks_exact_mut(width).enumerate() {
-            let position = pos0 + chunk * ANCHOR + t;
-            let base = position / ANCHOR * ANCHOR;
-            if anchor.0 != base {
-                anchor = (base, inv_freq.iter().map(|f| (base as f64 * f).sin_cos()).collect::<Vec<_>>());
-            }
-            for (i, (&(sa, ca), &(sb, cb))) in anchor.1.iter().zip(&offsets[position - base]).enumerate() {
-                let sine = sa * cb + ca * sb;
-                sin[i] = if rotation == Rotation::Forward { sine } else { -sine } as f32;
-                cos[i] = (ca * cb - sa * sb) as f32;
-            }
-            dispatch!(exec.isa(), |s| rotate(s, x, &sin, &cos));
+    TABLE.with_borrow_mut(|slot| {
+        let known = slot.as_ref().is_some_and(|(table, start)| {
+            table.inv_freq == inv_freq && *start == pos0 && table.rows == seq_len
+        });
+        if !known {
+            let mut table = RopeTable::new(inv_freq);
+            table.set(exec, pos0, seq_len);
+            *slot = Some((table, pos0));
         }
+        let (table, _) = slot.as_ref().expect("just filled");
+        table.turn(exec, MatMut::dense(x, seq_len, width), head_dim, rotation);
     });
+}
+
+thread_local! {
+    /// The last table that [`rope`] used on this thread, and its first position: every layer and head of a pass asks for the same.
+    static TABLE: RefCell<Option<(RopeTable, usize)>> = const { RefCell::new(None) };
 }
 
 /// Sine and cosine of the rows of one forward pass, made once and applied by every layer: the numbers of [`rope`],
@@ -130,7 +125,11 @@ impl RopeTable {
 
     /// Rotates `x` `[rows, n_heads · head_dim]` in place, row `t` by the table's row `t`. Panics when the sizes do not
     /// fit.
-    pub fn rotate(&self, exec: &Exec, mut x: MatMut<'_>, head_dim: usize) {
+    pub fn rotate(&self, exec: &Exec, x: MatMut<'_>, head_dim: usize) {
+        self.turn(exec, x, head_dim, Rotation::Forward);
+    }
+
+    fn turn(&self, exec: &Exec, mut x: MatMut<'_>, head_dim: usize, rotation: Rotation) {
         /// Below this many values waking another thread costs more than it gains.
         const MIN_PARALLEL_VALUES: usize = 32 * 1024;
         /// Rows of a task.
@@ -152,7 +151,11 @@ impl RopeTable {
             dispatch!(exec.isa(), |s| {
                 for (t, row) in block.chunks_mut(stride.max(cols)).enumerate() {
                     let at = (first + t) * half;
-                    rotate(s, &mut row[..cols], &self.sin[at..][..half], &self.cos[at..][..half]);
+                    let (sin, cos) = (&self.sin[at..][..half], &self.cos[at..][..half]);
+                    match rotation {
+                        Rotation::Forward => rotate::<_, false>(s, &mut row[..cols], sin, cos),
+                        Rotation::Inverse => rotate::<_, true>(s, &mut row[..cols], sin, cos),
+                    }
                 }
             });
         };
@@ -175,11 +178,12 @@ fn compose(anchor: &[(f64, f64)], offsets: &[(f64, f64)], sin: &mut [f32], cos: 
 
 /// Rotates every head of one row.
 #[inline(always)]
-fn rotate<S: Simd>(s: S, x: &mut [f32], sin: &[f32], cos: &[f32]) {
+fn rotate<S: Simd, const INVERSE: bool>(s: S, x: &mut [f32], sin: &[f32], cos: &[f32]) {
     for head in x.chunks_exact_mut(2 * sin.len()) {
         let (low, high) = head.split_at_mut(sin.len());
         for (((low, high), &sin), &cos) in low.iter_mut().zip(high).zip(sin).zip(cos) {
             let (a, b) = (*low, *high);
+            let sin = if INVERSE { -sin } else { sin };
             *low = s.fma(a, cos, -(b * sin));
             *high = s.fma(b, cos, a * sin);
         }

@@ -220,14 +220,20 @@ impl Engine {
 
     /// `[n, vocab]` logits of final hidden states `[n, d_model]`.
     pub fn logits(&self, exec: &Exec, hidden: &[f32]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        self.logits_into(exec, hidden, &mut logits);
+        logits
+    }
+
+    /// [`logits`](Self::logits) into a buffer that is reused from call to call.
+    pub fn logits_into(&self, exec: &Exec, hidden: &[f32], logits: &mut Vec<f32>) {
         let mut ws = self.workspace();
         let rows = hidden.len() / self.config.d_model;
         let table = self.table();
         ws.input.set(exec, MatRef::dense(hidden, rows, self.config.d_model), &[table]);
-        let mut logits = Vec::new();
-        table_product(exec, &ws, table, rows, &mut logits);
+        logits.clear();
+        table_product(exec, &ws, table, rows, logits);
         self.give_back(ws);
-        logits
     }
 
     /// One decoding step of several sequences: appends `tokens[i]` to the sequence of `caches[i]`, which may have any lengths, and returns the

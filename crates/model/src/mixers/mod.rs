@@ -369,7 +369,7 @@ pub fn backward<'a>(
     if ctx.seq == 0 {
         return;
     }
-    let dout: Vec<f32> = (0..dout.rows()).flat_map(|t| dout.row(t)).copied().collect();
+    let dout = dout.to_dense();
     let weights = ctx.weights();
     let mut grads = grads.map(|g| NamedTensors::new(&env.layout, g.values.iter_mut().map(Vec::as_mut_slice)));
     let mut d_raw = Qkv::zeros(ctx.seq, env.layout.dims);

@@ -260,12 +260,18 @@ impl Model {
 
     /// `[rows, vocab]` logits of final hidden states.
     pub fn logits(&self, exec: &Exec, hidden: &[f32]) -> Vec<f32> {
+        let mut logits = Vec::new();
+        self.logits_into(exec, hidden, &mut logits);
+        logits
+    }
+
+    /// [`logits`](Self::logits) into a buffer that is reused from call to call.
+    pub fn logits_into(&self, exec: &Exec, hidden: &[f32], logits: &mut Vec<f32>) {
         let (d_model, vocab) = (self.config.d_model, self.config.vocab);
         let rows = hidden.len() / d_model;
-        let mut logits = vec![0.0; rows * vocab];
+        logits.resize(rows * vocab, 0.0);
         let weight = self.params.data(self.layout.output);
-        linear(exec, hidden, weight, &mut logits, rows, vocab, Store::Overwrite);
-        logits
+        linear(exec, hidden, weight, logits, rows, vocab, Store::Overwrite);
     }
 
     /// Backward of [`logits`](Self::logits) for some rows: adds to the output projection's gradient (when trainable) and returns the

@@ -237,7 +237,7 @@ impl GroupTrainer {
         let mut products = vec![0.0; seq * width];
         let reference: f64 = (0..sequences)
             .map(|s| {
-                let o = dense(target(s));
+                let o = target(s).to_dense();
                 self.times_gram(exec, &o, &mut products);
                 dot(&products, &o)
             })
@@ -301,7 +301,7 @@ impl GroupTrainer {
         let mut products = vec![0.0; seq * width];
         self.times_gram(exec, &diff, &mut products);
         let error = dot(&products, &diff);
-        let o = dense(target);
+        let o = target.to_dense();
         self.times_gram(exec, &o, &mut products);
         (error, dot(&products, &o))
     }
@@ -318,10 +318,6 @@ impl GroupTrainer {
 /// `error / reference`; 0 where both vanish.
 fn relative(error: f64, reference: f64) -> f64 {
     if error == 0.0 { 0.0 } else { error / reference }
-}
-
-fn dense(m: MatRef<'_>) -> Vec<f32> {
-    (0..m.rows()).flat_map(|t| m.row(t)).copied().collect()
 }
 
 fn subtract(values: &mut [f32], from: MatRef<'_>) {

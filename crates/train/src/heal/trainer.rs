@@ -63,6 +63,17 @@ pub struct Trainer<'a> {
     original: ParamStore,
     grads: Grads,
     tape: Tape,
+    logits: LogitBuffers,
+}
+
+/// Of [`LOGIT_ROWS`] rows, reused from chunk to chunk.
+#[derive(Default)]
+struct LogitBuffers {
+    own: Vec<f32>,
+    teacher: Vec<f32>,
+    gradient: Vec<f32>,
+    /// Losses.
+    values: Vec<f32>,
 }
 
 impl<'a> Trainer<'a> {
@@ -124,6 +135,7 @@ impl<'a> Trainer<'a> {
             low_rank,
             grads: Grads::zeros(&hybrid.params, &ids),
             tape: Tape::default(),
+            logits: LogitBuffers::default(),
         })
     }
 
@@ -224,21 +236,21 @@ impl<'a> Trainer<'a> {
         let labels = next_tokens(batch);
         let mut dhidden = Vec::with_capacity(hidden.len());
         let (mut kl_sum, mut ce_sum) = (0.0, 0.0);
-        let (mut dlogits, mut values) = (Vec::new(), Vec::new());
+        let LogitBuffers { own: logits, teacher: wanted, gradient: dlogits, values } = &mut self.logits;
         for (chunk, labels) in labels.chunks(LOGIT_ROWS).enumerate() {
             let range = chunk * LOGIT_ROWS * d_model..(chunk * LOGIT_ROWS + labels.len()) * d_model;
             let h = &hidden[range.clone()];
-            let logits = hybrid.logits(exec, h);
+            hybrid.logits_into(exec, h, logits);
             dlogits.resize(logits.len(), 0.0);
             values.resize(labels.len(), 0.0);
-            cross_entropy(exec, &logits, vocab, labels, ce_weight, &mut values, Some(&mut dlogits));
+            cross_entropy(exec, logits, vocab, labels, ce_weight, values, Some(dlogits));
             ce_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             if let Some((engine, hidden)) = &teacher {
-                let wanted = engine.logits(exec, &hidden[range]);
-                kl_divergence(exec, &wanted, &logits, vocab, kl_weight, &mut values, Some(&mut dlogits));
+                engine.logits_into(exec, &hidden[range], wanted);
+                kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some(dlogits));
                 kl_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             }
-            dhidden.extend(hybrid.logits_backward(exec, h, &dlogits, &mut self.grads));
+            dhidden.extend(hybrid.logits_backward(exec, h, dlogits, &mut self.grads));
         }
         hybrid.backward(exec, batch, &self.tape, &dhidden, &mut self.grads, &mut NoObserver, false);
         Ok((kl_sum, ce_sum))
