@@ -185,7 +185,8 @@ fn nan_stops_before_the_update_and_keeps_the_last_state() {
     let poison = 60;
     let id = base.params.id("model.embed_tokens.weight").unwrap();
     let width = base.config.d_model;
-    base.params.data_mut(id)[poison * width] = f32::NAN;
+    base.params.data_mut(id)[poison * width..(poison + 1) * width].fill(0.0);
+    base.config.rms_eps = 0.0;
     let mut documents = random_documents(6, 100, VOCAB, 1);
     documents[3].tokens[50] = poison as u32;
     let stream = || SequenceStream::new(&documents, SEQ, 7).unwrap();
@@ -208,7 +209,7 @@ fn nan_stops_before_the_update_and_keeps_the_last_state() {
     assert!(matches!(result, Err(TrainError::Interrupted)));
     let read = |o: &HealOptions| std::fs::read(o.state_dir.join("state.safetensors")).unwrap();
     assert!(read(&options) == read(&stopped));
-    assert!(changed(&before, &hybrid) == ["model.embed_tokens.weight"], "only NaN differs from itself");
+    assert!(changed(&before, &hybrid).is_empty());
 }
 
 #[test]
