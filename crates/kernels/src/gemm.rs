@@ -14,6 +14,16 @@ pub enum Trans {
     Yes,
 }
 
+impl Trans {
+    /// Rows and columns of `op(x)`.
+    pub(crate) fn shape(self, x: MatRef<'_>) -> (usize, usize) {
+        match self {
+            Self::No => (x.rows(), x.cols()),
+            Self::Yes => (x.cols(), x.rows()),
+        }
+    }
+}
+
 /// What happens to the output's old content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Store {
@@ -50,13 +60,7 @@ pub fn gemm(
     alpha: f32,
     store: Store,
 ) {
-    let (m, n) = (out.rows(), out.cols());
-    let (rows_a, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
-    let (rows_b, cols_b) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
-    assert!(
-        rows_a == m && rows_b == k && cols_b == n,
-        "out [{m}, {n}] = op(a) [{rows_a}, {k}] · op(b) [{rows_b}, {cols_b}]"
-    );
+    let (m, n, k) = check(&out, (a, ta), (b, tb));
     if m == 0 || n == 0 {
         return;
     }
@@ -76,6 +80,21 @@ pub fn gemm(
     }
 }
 
+/// `m`, `n`, `k` of a product whose shapes fit.
+fn check(
+    out: &MatMut<'_>,
+    (a, ta): (MatRef<'_>, Trans),
+    (b, tb): (MatRef<'_>, Trans),
+) -> (usize, usize, usize) {
+    let (m, n) = (out.rows(), out.cols());
+    let ((rows_a, k), (rows_b, cols_b)) = (ta.shape(a), tb.shape(b));
+    assert!(
+        rows_a == m && rows_b == k && cols_b == n,
+        "out [{m}, {n}] = op(a) [{rows_a}, {k}] · op(b) [{rows_b}, {cols_b}]"
+    );
+    (m, n, k)
+}
+
 /// [`gemm`] in the context's [`Precision`]: with bfloat16 both factors are rounded, where the product is large enough to pay for it;
 /// sums are f32. For linear layers and their gradients.
 pub fn mixed_gemm(
@@ -88,16 +107,10 @@ pub fn mixed_gemm(
     alpha: f32,
     store: Store,
 ) {
-    let (m, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
-    if exec.precision() == Precision::F32 || !packed::pays(exec, m, out.cols(), k) {
+    let (m, n, k) = check(&out, (a, ta), (b, tb));
+    if exec.precision() == Precision::F32 || !packed::pays(exec, m, n, k) {
         return gemm(exec, out, a, ta, b, tb, alpha, store);
     }
-    let (rows_b, cols_b) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
-    let (rows, cols) = (out.rows(), out.cols());
-    assert!(
-        rows == m && rows_b == k && cols_b == cols,
-        "out [{rows}, {cols}] = op(a) [{m}, {k}] · op(b) [{rows_b}, {cols_b}]"
-    );
     packed::product(exec, out, (a, ta), (b, tb), alpha, store);
 }
 

@@ -21,7 +21,7 @@ const LANES: usize = 16;
 /// The CPU has AVX-512 with BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 pub(super) unsafe fn panel(b: MatRef<'_>, tb: Trans, panel: usize, out: &mut [u16]) {
-    let (k, n) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
+    let (k, n) = tb.shape(b);
     let first = panel * PANEL;
     let wide = PANEL.min(n - first);
     let out = &mut out[..padded(k) * PANEL];
@@ -62,7 +62,7 @@ pub(super) unsafe fn rows(
     out: &mut [u16],
     stride: usize,
 ) {
-    let (m, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
+    let (m, k) = ta.shape(a);
     let (count, cols) = (ROWS.min(m - first), padded(k));
     assert!(count == 0 || out.len() >= (count - 1) * stride + cols, "room for {count} rows of {cols}");
     for start in (0..cols).step_by(SPAN) {

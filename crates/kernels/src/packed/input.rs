@@ -98,7 +98,7 @@ impl Input {
     /// # Panics
     /// On an instruction set without bfloat16.
     pub fn set_bf16(&mut self, exec: &Exec, a: MatRef<'_>, ta: Trans, alpha: f32) {
-        let (m, k) = if ta == Trans::No { (a.rows(), a.cols()) } else { (a.cols(), a.rows()) };
+        let (m, k) = ta.shape(a);
         assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
         let stride = row_stride(k);
         (self.rows, self.cols, self.stride) = (m, k, stride);

@@ -158,7 +158,7 @@ impl Packed {
     /// # Panics
     /// On an instruction set without bfloat16.
     pub fn set_bf16(&mut self, exec: &Exec, b: MatRef<'_>, tb: Trans) {
-        let (k, n) = if tb == Trans::No { (b.rows(), b.cols()) } else { (b.cols(), b.rows()) };
+        let (k, n) = tb.shape(b);
         assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
         let panel_bytes = dense::panel_bytes(Dtype::BF16, k).next_multiple_of(LINE);
         self.data.grow::<u8>(panel_bytes * n.div_ceil(PANEL));

@@ -26,6 +26,9 @@ use layout::{BLOCK, layout};
 /// the weights hides (docs/log).
 pub(super) const FINE: usize = 2;
 
+/// Steps of a part per step of the part before it; a power of two, so that sums of products combine as integers.
+const FINER: i32 = 256;
+
 /// Activations in blocks of 32 columns of 8-bit codes, each row in one part ([`tile`]) or [`FINE`] ([`matvec`]), which lie one after
 /// another as if they were rows; row `r` of them starts at `r * stride` (codes) and `r * blocks` (the others).
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 
 use super::lanes::Lanes;
 use super::layout::{BLOCK, LINE, Layout, SUBS, layout};
-use super::{Blocks, FINE};
+use super::{Blocks, FINE, FINER};
 use crate::packed::PANEL;
 use crate::quant::Dtype;
 
@@ -182,24 +182,26 @@ pub(super) unsafe fn matvec<S: Lanes, F: Format, const M: usize, const P: usize>
                 let codes = codes::<S, F>(s, block.add(4 * S::OUTS * p));
                 let (scale, min) = scales::<S, F>(s, scale_bytes, b, S::OUTS * p);
                 for r in 0..M {
-                    let mut offset = 0.0;
-                    for part in 0..FINE {
-                        let x = rows[r][part];
-                        let (d, packed) = (*x.scales.add(b), *x.sums.add(b));
-                        let starts = starts::<S>(layout, packed);
-                        for g in 0..layout.groups {
-                            let mut acc = s.start(starts[g]);
-                            for q in 0..QUADS / layout.groups {
-                                let q = q + g * QUADS / 2;
-                                acc = dot::<S, F>(s, acc, codes[q], x.quad(QUADS * b + q));
-                            }
-                            sums[r][p] = s.fma(s.total(acc), s.mul(scale[g], s.splat(d)), sums[r][p]);
+                    let [high, low] = rows[r];
+                    let (high_sums, low_sums) = (*high.sums.add(b), *low.sums.add(b));
+                    let (high_starts, low_starts) =
+                        (starts::<S>(layout, high_sums), starts::<S>(layout, low_sums));
+                    // Of the second part, that is of `FINER · first + second`.
+                    let d = *low.scales.add(b);
+                    for g in 0..layout.groups {
+                        let (mut first, mut second) = (s.start(high_starts[g]), s.start(low_starts[g]));
+                        for q in 0..QUADS / layout.groups {
+                            let q = q + g * QUADS / 2;
+                            first = dot::<S, F>(s, first, codes[q], high.quad(QUADS * b + q));
+                            second = dot::<S, F>(s, second, codes[q], low.quad(QUADS * b + q));
                         }
-                        let (first, second) = super::halves(packed);
-                        offset += d * (first + second) as f32;
+                        sums[r][p] =
+                            s.fma(s.total_fine(first, second), s.mul(scale[g], s.splat(d)), sums[r][p]);
                     }
                     if layout.min {
-                        sums[r][p] = s.fma(min, s.splat(offset), sums[r][p]);
+                        let sum = |sums| super::halves(sums).0 + super::halves(sums).1;
+                        let total = FINER * sum(high_sums) + sum(low_sums);
+                        sums[r][p] = s.fma(min, s.splat(d * total as f32), sums[r][p]);
                     }
                 }
             }

@@ -1,5 +1,6 @@
 //! Activations as blocks of 8-bit codes, in one part or two.
 
+use super::FINER;
 use super::layout::BLOCK;
 use crate::Isa;
 use crate::isa::dispatch;
@@ -13,8 +14,8 @@ const ROUND: f32 = 12_582_912.0;
 
 /// Quantises one row of activations (a multiple of 32 values) into one part or more: `value ≈ Σ code · scale` over the
 /// parts, each the 8-bit code of what the parts before it left. Codes lie from −127 to 127; every part has one scale and
-/// one pair of sums (see [`halves`](super::halves)) per block. One part leaves up to 1/254 of a block's largest magnitude, two
-/// 1/64516 of it. A block with NaN or infinity has scales that are not finite, so that its products are not finite either.
+/// one pair of sums (see [`halves`](super::halves)) per block; a part's scale is 1/256 of the one before. One part leaves up to
+/// 1/254 of a block's largest magnitude, two 1/32512 of it. A block with NaN or infinity has scales that are not finite, so that its products are not finite either.
 ///
 /// `codes` has rows of `stride` values, `scales` and `sums` of one value per block: a row for each part.
 ///
@@ -74,8 +75,8 @@ fn quantize(
             }
             scales[part * blocks + b] = scale;
             sums[part * blocks + b] = first & 0xffff | second << 16;
-            // What is left is at most half a step of this part.
-            (scale, inverse) = (scale / (2.0 * MAX), inverse * (2.0 * MAX));
+            // What is left is at most half a step of this part; half a step and the largest code differ by one finer step.
+            (scale, inverse) = (scale / FINER as f32, inverse * FINER as f32);
         }
     }
 }

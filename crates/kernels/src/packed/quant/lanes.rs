@@ -41,6 +41,12 @@ pub(super) trait Lanes: Copy {
     /// The accumulated integers as floats.
     fn total(self, acc: Self::I) -> Self::F;
 
+    /// `256 · first + second` as floats, at most 2^31 in magnitude.
+    #[inline(always)]
+    fn total_fine(self, first: Self::I, second: Self::I) -> Self::F {
+        self.fma(self.total(first), self.splat(super::FINER as f32), self.total(second))
+    }
+
     /// One unsigned byte per row.
     unsafe fn load_u8(self, at: *const u8) -> Self::W;
     /// One signed byte per row.

@@ -110,6 +110,10 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
         self.float(acc)
     }
     #[inline(always)]
+    fn total_fine(self, first: __m512i, second: __m512i) -> __m512 {
+        self.float(self.join(second, first, 8))
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, at: *const u8) -> __m512i {
         // SAFETY: token; the caller's 16 bytes.
         unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast())) }
@@ -262,6 +266,10 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn total(self, acc: __m256i) -> __m256 {
         self.float(acc)
+    }
+    #[inline(always)]
+    fn total_fine(self, first: __m256i, second: __m256i) -> __m256 {
+        self.float(self.join(second, first, 8))
     }
     #[inline(always)]
     unsafe fn load_u8(self, at: *const u8) -> __m256i {
