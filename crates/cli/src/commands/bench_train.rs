@@ -29,14 +29,14 @@ pub struct Args {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "full,distill,align")]
     steps: Vec<StepArg>,
     /// Sequences per step.
-    #[arg(long, default_value_t = 2)]
-    batch: usize,
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
     /// Tokens per sequence.
     #[arg(long, default_value_t = 512)]
     context: usize,
     /// Steps of each kind; the median counts.
-    #[arg(long, default_value_t = 4)]
-    repeats: usize,
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    repeats: u32,
     /// Share of the groups that are converted for `distill`.
     #[arg(long, default_value_t = 0.75)]
     beta: f64,
@@ -97,7 +97,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let plan = select(&base.config, &criteria::scores("random", &heads, None, 0)?, &options)?;
     let hybrid = convert_in_memory(&base, &plan, Some(&bank), Some(&heads), 0)?;
     let contestants = Contestants { base: &base, hybrid: &hybrid, bank: &bank };
-    let shape = StepShape { sequences: args.batch, seq_len: args.context, steps: args.repeats };
+    let shape =
+        StepShape { sequences: args.batch as usize, seq_len: args.context, steps: args.repeats as usize };
     let mut speeds = Vec::with_capacity(args.steps.len());
     for &step in &args.steps {
         speeds.push(time_steps(&exec, step.into(), &contestants, shape, ui)?);

@@ -120,6 +120,11 @@ fn evaluate(work: &Work, family: &str) {
     let own = work.ok_json(&format!("eval kl --model {family} --base {family} {common}"));
     assert_eq!(number(&own, "/overall/kl"), 0.0);
 
+    // Token by token, the path of generating: the same up to the order of sums.
+    let stepped = work.ok_json(&format!("eval ppl --model healed {common} --chunk 1"));
+    let ratio = number(&stepped, "/overall/ppl") / number(&ppl, "/overall/ppl");
+    assert!((ratio - 1.0).abs() < 1e-4, "{ratio}");
+
     let compared = work.ok_json(&format!("eval ppl --model healed --base {family} {common}"));
     assert_eq!(compared["overall"]["ppl"], ppl["overall"]["ppl"]);
     assert!(number(&compared, "/base/overall/ppl") > 1.0);
@@ -148,6 +153,22 @@ fn bench_and_inspect(work: &Work, summary: &Value) {
         assert!((256.0 * per_token..=1024.0 * per_token).contains(&page), "{page} for {per_token} a token");
         assert_eq!(number(result, "/cache_bytes"), number(&results[0], "/cache_bytes"));
     }
+}
+
+#[test]
+fn training_steps_are_timed() {
+    let work = Work::with_model("llama3");
+    let timed = work.ok_json(
+        "bench-train --model llama3 --batch 2 --context 32 --window 8 --repeats 1 --threads 1 --json",
+    );
+    let results = timed["results"].as_array().unwrap();
+    let steps: Vec<&str> = results.iter().map(|r| r["step"].as_str().unwrap()).collect();
+    assert_eq!(steps, ["full", "distill", "align"]);
+    assert!(results.iter().all(|r| number(r, "/tokens_per_s") > 0.0));
+    let line = "bench-train --model llama3 --steps align --context 32 --window 8 --repeats 1 --precision f32";
+    assert!(work.ok(line).contains("f32"));
+    let mut command = work.command(&line.replace("f32", "bf16"));
+    work.fails_as(command.env("RECURFORMER_ISA", "scalar"), 1, &["bfloat16", "scalar", "hint:"]);
 }
 
 /// The hybrid's greedy continuation, made token by token from its cache, is what the logits of the whole sequence say.

@@ -2,7 +2,7 @@
 
 use crate::common::Work;
 
-const COMMANDS: [&str; 15] = [
+const COMMANDS: [&str; 16] = [
     "quickstart",
     "fetch",
     "inspect",
@@ -17,6 +17,7 @@ const COMMANDS: [&str; 15] = [
     "chat",
     "eval",
     "bench",
+    "bench-train",
     "doctor",
 ];
 

@@ -194,7 +194,7 @@ impl Input {
                 let (codes, scales, sums) =
                     unsafe { (codes_out.row(row), scales_out.row(row), sums_out.row(row)) };
                 let stride = codes_stride(cols);
-                codes.chunks_exact_mut(stride).for_each(|part| part[cols..].fill(0));
+                codes.chunks_exact_mut(stride.max(1)).for_each(|part| part[cols..].fill(0));
                 quant::quantize_activations(isa, &f32_row[..cols], parts, (codes, stride), scales, sums);
             }
         };
