@@ -95,7 +95,7 @@ fn check(
     (m, n, k)
 }
 
-/// [`gemm`] in the context's [`Precision`]: with bfloat16 both factors are rounded, where the product is large enough to pay for it;
+/// [`gemm()`] in the context's [`Precision`]: with bfloat16 both factors are rounded, where the product is large enough to pay for it;
 /// sums are f32. For linear layers and their gradients.
 pub fn mixed_gemm(
     exec: &Exec,
