@@ -97,6 +97,7 @@ impl Input {
     ///
     /// # Panics
     /// On an instruction set without bfloat16.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 gets past the assertion.
     pub fn set_bf16(&mut self, exec: &Exec, a: MatRef<'_>, ta: Trans, alpha: f32) {
         let (m, k) = ta.shape(a);
         assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());

@@ -157,6 +157,7 @@ impl Packed {
     ///
     /// # Panics
     /// On an instruction set without bfloat16.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 gets past the assertion.
     pub fn set_bf16(&mut self, exec: &Exec, b: MatRef<'_>, tb: Trans) {
         let (k, n) = tb.shape(b);
         assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
