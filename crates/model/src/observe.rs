@@ -30,10 +30,6 @@ pub trait LayerObserver {
         let _ = layer;
         true
     }
-    /// Layers after this one need not run; the pass stops early when every observer is done (default: never).
-    fn last_layer(&self) -> Option<usize> {
-        None
-    }
 }
 
 /// Called once per layer and sequence during a backward pass, from the last layer to the first.

@@ -70,8 +70,7 @@ impl TokenBatch {
 
 impl Model {
     /// Whole sequences from position 0, with observers and, when `tape` is given, everything the backward pass needs. Returns the
-    /// final normed hidden states `[sequences · seq_len, d_model]`, or nothing when the observer's
-    /// [`last_layer`](LayerObserver::last_layer) ends the pass earlier.
+    /// final normed hidden states `[sequences · seq_len, d_model]`.
     ///
     /// # Errors
     /// [`crate::ModelError::Token`] (with the position in the whole batch) and [`crate::ModelError::Context`].
@@ -106,10 +105,6 @@ impl Model {
             self.attention_outputs(exec, layer, batch, &h, memory, &mut scratch, record);
             if observer.wants(layer) {
                 self.show(layer, batch, memory, &mut scratch, observer);
-            }
-            let done = observer.last_layer().is_some_and(|last| last <= layer);
-            if done && layer + 1 < self.config.layers {
-                return Ok(Vec::new());
             }
             if record {
                 memory.input.clone_from(&h);
