@@ -1,4 +1,4 @@
-//! `bench-train`: speed and memory of training steps.
+//! `bench-train`: speed of training steps.
 
 use crate::common::{MixerArg, TrainExecArgs, check_context, load, print_json, usage};
 use crate::ui::Ui;

@@ -22,8 +22,8 @@ use body::Format;
 use lanes::Lanes;
 use layout::{BLOCK, layout};
 
-/// Parts of a row of activations of [`matvec`]: 16-bit activations at the cost of a second integer product, which waiting for
-/// the weights hides (docs/log).
+/// Parts of a row of activations of [`matvec`]: 16-bit activations at the cost of a second integer product, which hardly
+/// shows beside waiting for the weights (docs/log).
 pub(super) const FINE: usize = 2;
 
 /// Steps of a part per step of the part before it; a power of two, so that sums of products combine as integers.

@@ -210,9 +210,7 @@ impl Engine {
         let mut hidden = Vec::with_capacity(tokens.len() * self.config.d_model);
         for chunk in tokens.chunks(self.chunk) {
             self.append(exec, chunk, &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
-            let mut normed = vec![0.0; ws.h.len()];
-            kernels::elementwise::rms_norm(exec, &ws.h, &self.norm, self.config.rms_eps, &mut normed);
-            hidden.extend_from_slice(&normed);
+            hidden.extend(self.final_norm(exec, &ws));
         }
         self.give_back(ws);
         Ok(hidden)
@@ -286,8 +284,7 @@ impl Engine {
         }
         let mut ws = self.workspace();
         self.append(exec, &batch.tokens, &mut caches.iter_mut().collect::<Vec<_>>(), &mut ws, show);
-        let mut hidden = vec![0.0; ws.h.len()];
-        kernels::elementwise::rms_norm(exec, &ws.h, &self.norm, self.config.rms_eps, &mut hidden);
+        let hidden = self.final_norm(exec, &ws);
         self.give_back(ws);
         Ok(hidden)
     }
@@ -339,6 +336,13 @@ impl Engine {
         for cache in caches.iter_mut() {
             cache.len += seq;
         }
+    }
+
+    /// The residual stream after the final norm.
+    fn final_norm(&self, exec: &Exec, ws: &Workspace) -> Vec<f32> {
+        let mut hidden = vec![0.0; ws.h.len()];
+        kernels::elementwise::rms_norm(exec, &ws.h, &self.norm, self.config.rms_eps, &mut hidden);
+        hidden
     }
 
     fn table(&self) -> &Packed {
