@@ -11,6 +11,13 @@ pub(crate) fn execs() -> Vec<Exec> {
     pairs.map(|(isa, threads)| Exec::with_isa(threads, isa).unwrap()).collect()
 }
 
+/// [`execs`], with AMX on its software model where the CPU has everything but AMX.
+pub(crate) fn execs_and_modelled_amx() -> Vec<Exec> {
+    let modelled = Isa::modelled_amx().filter(|amx| !Isa::available().contains(amx));
+    let modelled = modelled.into_iter().flat_map(|isa| [1, 2].map(|n| Exec::with_isa(n, isa).unwrap()));
+    execs().into_iter().chain(modelled).collect()
+}
+
 /// `n` values uniform in [-1, 1].
 pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

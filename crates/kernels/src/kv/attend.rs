@@ -144,7 +144,7 @@ fn plan(jobs: &[AttendJob<'_>], group: usize, tasks: &mut Vec<Task>) -> usize {
         if rows <= MAX_DECODE_ROWS {
             continue;
         }
-        let least = (2 * super::dot::ROWS).div_ceil(group);
+        let least = (2 * super::dot::MAX_ROWS).div_ceil(group);
         let wanted = (rows * kv_heads).div_ceil(PREFILL_TASKS);
         let step = wanted.clamp(least, (BLOCK_ROWS / group).max(least));
         for block in (0..rows.div_ceil(step)).rev() {
@@ -211,6 +211,10 @@ impl Call<'_> {
         };
         #[cfg(target_arch = "x86_64")]
         if self.isa.level() >= crate::IsaLevel::Avx512Bf16 && job.store.kv_type() != KvType::F32 {
+            if self.isa.level() >= crate::IsaLevel::Amx && super::amx::fits(job.store.head_dim()) {
+                // SAFETY: as below.
+                return unsafe { super::amx::block::<F>(&block, buffers) };
+            }
             // SAFETY: an `Isa` of this or a higher level exists only after detection of these features; the caller's contract.
             return unsafe { bf16_block::<F>(&block, buffers) };
         }

@@ -1,5 +1,5 @@
-//! The multiply-add of the prefill tiles: `f32` lanes anywhere, bfloat16 pairs where the CPU has them. A line is 64 bytes:
-//! sixteen outputs of one reduction index, or of a pair of them; a coefficient is 4 bytes.
+//! The multiply-add of the prefill tiles: `f32` lanes anywhere, bfloat16 pairs where the CPU has them, in vectors or in AMX
+//! tiles (`amx.rs`). A line is 64 bytes: sixteen outputs of one reduction index, or of a pair of them; a coefficient is 4 bytes.
 
 #![allow(
     clippy::needless_range_loop,
@@ -10,7 +10,9 @@ use super::format::Format;
 use super::lanes::Lanes;
 
 /// Query rows of a register tile.
-pub(super) const ROWS: usize = 6;
+const ROWS: usize = 6;
+/// Most query rows of a tile of any kind.
+pub(super) const MAX_ROWS: usize = 16;
 
 /// How a tile multiplies.
 pub(super) trait Dot: Copy {
@@ -21,6 +23,11 @@ pub(super) trait Dot: Copy {
     type Coefficient: Copy;
     /// Reduction indices of a line.
     const PAIR: usize;
+    /// Query rows of a tile, at most [`MAX_ROWS`].
+    const ROWS: usize = ROWS;
+    /// Lines that one operation reduces; the last operation of a reduction reads all of them, so that lines and coefficients
+    /// beyond the end have to be zero up to there.
+    const STEPS: usize = 1;
 
     fn lanes(self) -> Self::L;
     /// # Safety
@@ -41,6 +48,39 @@ pub(super) trait Dot: Copy {
     unsafe fn store_step<F: Format>(self, loaded: [<Self::L as Lanes>::W; 2], out: *mut u32);
     /// 2^x as accurately as the coefficients are.
     fn exp2(self, x: <Self::L as Lanes>::W) -> <Self::L as Lanes>::W;
+
+    /// `out[row, panel] = Σ_step a[row, step] · b[panel, step]` for `ROWS` rows and any number of panels of 16; with `keep`, plus
+    /// `keep[row] · out[row, panel]`.
+    ///
+    /// # Safety
+    /// `a` has `ROWS` rows of `steps` words `a_stride` apart, `b` has panels of `steps` lines `b_stride` words apart, both padded to
+    /// whole `STEPS`; `out` has `ROWS` rows of `16 · panels` values `out_stride` apart.
+    #[inline(always)]
+    unsafe fn tiles(
+        self,
+        steps: usize,
+        panels: usize,
+        a: (*const u32, usize),
+        (b, b_stride): (*const u32, usize),
+        (out, out_stride): (*mut f32, usize),
+        keep: Option<&[f32; MAX_ROWS]>,
+    ) {
+        // SAFETY: the caller's contract; panels `at..` stay within `panels`.
+        unsafe {
+            let mut at = 0;
+            while at < panels {
+                let (b, out) = ((b.add(at * b_stride), b_stride), (out.add(16 * at), out_stride));
+                let n = if Self::L::MANY_REGISTERS { (panels - at).min(4) } else { 1 };
+                match n {
+                    1 => tile::<Self, 1>(self, steps, a, b, out, keep),
+                    2 => tile::<Self, 2>(self, steps, a, b, out, keep),
+                    3 => tile::<Self, 3>(self, steps, a, b, out, keep),
+                    _ => tile::<Self, 4>(self, steps, a, b, out, keep),
+                }
+                at += n;
+            }
+        }
+    }
 }
 
 /// `f32` throughout.
@@ -91,20 +131,18 @@ impl<L: Lanes> Dot for Float<L> {
     }
 }
 
-/// `out[row, panel] = Σ_step a[row, step] · b[panel, step]` for 6 rows and `P` panels of 16; with `keep`, plus
-/// `keep[row] · out[row, panel]`.
+/// [`Dot::tiles`] for 6 rows and `P` panels, in registers.
 ///
 /// # Safety
-/// `a` has 6 rows of `steps` words `a_stride` apart, `b` has `P` panels of `steps` lines `b_stride` words apart, `out` 6 rows
-/// of `16 · P` values `out_stride` apart.
+/// As [`Dot::tiles`].
 #[inline(always)]
-pub(super) unsafe fn tile<D: Dot, const P: usize>(
+unsafe fn tile<D: Dot, const P: usize>(
     d: D,
     steps: usize,
     (a, a_stride): (*const u32, usize),
     (b, b_stride): (*const u32, usize),
     (out, out_stride): (*mut f32, usize),
-    keep: Option<&[f32; 16]>,
+    keep: Option<&[f32; MAX_ROWS]>,
 ) {
     let s = d.lanes();
     // SAFETY: the caller's contract.
@@ -133,37 +171,6 @@ pub(super) unsafe fn tile<D: Dot, const P: usize>(
             for p in 0..P {
                 s.store16(acc[r][p], out.add(r * out_stride + 16 * p));
             }
-        }
-    }
-}
-
-/// [`tile`] over `panels` panels of any number.
-///
-/// # Safety
-/// As [`tile`].
-#[inline(always)]
-pub(super) unsafe fn tiles<D: Dot>(
-    d: D,
-    steps: usize,
-    panels: usize,
-    a: (*const u32, usize),
-    (b, b_stride): (*const u32, usize),
-    (out, out_stride): (*mut f32, usize),
-    keep: Option<&[f32; 16]>,
-) {
-    // SAFETY: the caller's contract; panels `at..` stay within `panels`.
-    unsafe {
-        let mut at = 0;
-        while at < panels {
-            let (b, out) = ((b.add(at * b_stride), b_stride), (out.add(16 * at), out_stride));
-            let n = if D::L::MANY_REGISTERS { (panels - at).min(4) } else { 1 };
-            match n {
-                1 => tile::<D, 1>(d, steps, a, b, out, keep),
-                2 => tile::<D, 2>(d, steps, a, b, out, keep),
-                3 => tile::<D, 3>(d, steps, a, b, out, keep),
-                _ => tile::<D, 4>(d, steps, a, b, out, keep),
-            }
-            at += n;
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The KV cache of one attention layer and causal attention over it, for decoding and for prefill.
 //! Knows stored types, pages and query groups; knows nothing of models.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attend;
 mod buffers;
 mod decode;

@@ -1,13 +1,13 @@
 //! Many query rows of one KV head: register tiles on the cache's panels, online softmax, causal.
 
 use super::buffers::Buffers;
-use super::dot::{Dot, ROWS, tiles};
+use super::dot::{Dot, MAX_ROWS};
 use super::format::{Format, MAX_STEP, even_half};
 use super::lanes::Lanes;
 use super::store::{KvStore, Layout, PAGE, WIDE};
 use crate::MatRef;
 
-/// Keys of a tile: their K and V in 16 bits stay in a 48 KiB first-level cache, beside 6 rows of scores. Tiles start at
+/// Keys of a tile: their K and V in 16 bits stay in a 48 KiB first-level cache, beside a tile's rows of scores. Tiles start at
 /// multiples of it, so that a row's result does not depend on the call's other rows.
 const TILE: usize = 128;
 
@@ -39,7 +39,7 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
     let layout = task.store.layout();
     let Layout { head_dim, .. } = layout;
     let (panels, group, rows) = (layout.panels(), task.group, task.count * task.group);
-    let (width, padded) = (panels * WIDE, rows.next_multiple_of(ROWS));
+    let (width, padded) = (panels * WIDE, rows.next_multiple_of(D::ROWS));
     // Position of the task's first row, and how many keys its last row sees.
     let position = task.store.len() - task.q.rows() + task.first;
     let end = position + task.count;
@@ -47,13 +47,14 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
     let q_stride = width / D::PAIR;
     let (p_stride, v_stride) = (TILE / D::PAIR, TILE / D::PAIR * WIDE);
     let q = buffers.q.words::<u32>(padded * q_stride);
-    let scores = buffers.scores.words::<f32>((ROWS * TILE).max(width));
-    let p = buffers.p.words::<u32>(ROWS * p_stride);
+    let scores = buffers.scores.words::<f32>((D::ROWS * TILE).max(width));
+    let p = buffers.p.words::<u32>(D::ROWS * p_stride);
     let acc = buffers.acc.words::<f32>(padded * width);
     let max = buffers.max.words::<f32>(padded + WIDE);
     let sum = buffers.sum.words::<f32>(padded + WIDE);
     let k_copy = buffers.k.words::<u32>(if direct { 0 } else { TILE * head_dim / D::PAIR });
-    let v_copy = buffers.v.words::<u32>(if direct { panels * WIDE } else { panels * v_stride });
+    let v_copy =
+        buffers.v.words::<u32>(if direct && D::STEPS == 1 { panels * WIDE } else { panels * v_stride });
     // SAFETY: the buffers have the sizes just asked for; the slabs' sizes follow the layout; see each step.
     unsafe {
         load_queries(d, task, (q, q_stride), scores, padded);
@@ -75,7 +76,11 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
             // The last of an odd number of keys, without the slot beside it.
             let mut tail: Option<Panels> = None;
             let (k, v): (Panels, Panels) = if direct {
-                if D::PAIR == 2 && keys % 2 == 1 {
+                let mut values: Panels = (v.cast(), PAGE / D::PAIR * WIDE);
+                if D::STEPS > 1 && !keys.is_multiple_of(D::STEPS * D::PAIR) {
+                    copy_values::<D, F>(d, layout, v, keys, v_copy);
+                    values = (v_copy, v_stride);
+                } else if D::PAIR == 2 && keys % 2 == 1 {
                     let mut step = Step([0; MAX_STEP]);
                     for panel in 0..panels {
                         even_half::<F>(v.add((panel * (PAGE / 2) + keys / 2) * F::BYTES), &mut step.0);
@@ -83,43 +88,40 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
                     }
                     tail = Some((v_copy, WIDE));
                 }
-                ((k.cast(), WIDE * head_dim / D::PAIR), (v.cast(), PAGE / D::PAIR * WIDE))
+                ((k.cast(), WIDE * head_dim / D::PAIR), values)
             } else {
-                copy_tile::<D, F>(d, layout, k, v, keys, k_copy, v_copy);
+                copy_keys::<D, F>(d, layout, k, keys, k_copy);
+                copy_values::<D, F>(d, layout, v, keys, v_copy);
                 ((k_copy, WIDE * head_dim / D::PAIR), (v_copy, v_stride))
             };
             let scales = match slab.k_scales.is_empty() {
                 true => None,
                 false => Some((slab.k_scales[at..].as_ptr(), slab.v_scales[at..].as_ptr())),
             };
-            for r0 in (0..padded).step_by(ROWS) {
-                let sees =
-                    |row: usize| (position + row.min(rows - 1) / group + 1).saturating_sub(k0).min(keys);
-                let most = sees(r0 + ROWS - 1);
+            for r0 in (0..padded).step_by(D::ROWS) {
+                let mut seen = [0; MAX_ROWS];
+                for r in 0..D::ROWS {
+                    let row = (r0 + r).min(rows - 1);
+                    seen[r] = (position + row / group + 1).saturating_sub(k0).min(keys);
+                }
+                let most = seen[D::ROWS - 1];
                 if most == 0 {
                     continue;
                 }
                 let blocks = most.div_ceil(WIDE);
-                tiles(
-                    d,
-                    head_dim / D::PAIR,
-                    blocks,
-                    (q.add(r0 * q_stride), q_stride),
-                    k,
-                    (scores, TILE),
-                    None,
-                );
-                let seen: [usize; ROWS] =
-                    [sees(r0), sees(r0 + 1), sees(r0 + 2), sees(r0 + 3), sees(r0 + 4), most];
+                let queries = (q.add(r0 * q_stride).cast_const(), q_stride);
+                d.tiles(head_dim / D::PAIR, blocks, queries, k, (scores, TILE), None);
+                // Weights of whole operations: those beyond the last key become 0.
+                let blocks = blocks.next_multiple_of((D::STEPS * D::PAIR).div_ceil(WIDE));
                 let keep = weigh(d, scores, blocks, &seen, scales, (max.add(r0), sum.add(r0)), (p, p_stride));
                 let out = (acc.add(r0 * width), width);
                 let mut steps = most.div_ceil(D::PAIR);
                 if let Some(tail) = tail.filter(|_| steps > keys / 2) {
                     steps -= 1;
-                    tiles(d, steps, panels, (p, p_stride), v, out, Some(&keep));
-                    tiles(d, 1, panels, (p.add(steps), p_stride), tail, out, Some(&[1.0; 16]));
+                    d.tiles(steps, panels, (p, p_stride), v, out, Some(&keep));
+                    d.tiles(1, panels, (p.add(steps), p_stride), tail, out, Some(&[1.0; MAX_ROWS]));
                 } else {
-                    tiles(d, steps, panels, (p, p_stride), v, out, Some(&keep));
+                    d.tiles(steps, panels, (p, p_stride), v, out, Some(&keep));
                 }
             }
         }
@@ -183,63 +185,86 @@ unsafe fn load_queries<D: Dot>(
     }
 }
 
-/// Widens or narrows a tile of keys and values to lines; the slot beside the last of an odd number of keys becomes 0.
+/// A stored step as lines.
 ///
 /// # Safety
-/// `k` and `v` point to the tile's first block and pair in slabs of format `F`; the copies hold a tile.
+/// The step is readable at `from`, its lines are writable at `to`.
 #[inline(always)]
-unsafe fn copy_tile<D: Dot, F: Format>(
-    d: D,
-    layout: Layout,
-    k: *const u8,
-    v: *const u8,
-    keys: usize,
-    k_copy: *mut u32,
-    v_copy: *mut u32,
-) {
-    let (s, words) = (d.lanes(), 2 / D::PAIR * WIDE);
+unsafe fn copy_step<D: Dot, F: Format>(d: D, from: *const u8, to: *mut u32) {
     // SAFETY: the caller's contract.
     unsafe {
-        for step in 0..keys.div_ceil(WIDE) * (layout.head_dim / 2) {
-            d.store_step::<F>(F::load(s, k.add(step * F::BYTES)), k_copy.add(step * words));
+        if F::DIRECT == Some(D::PAIR) {
+            std::ptr::copy_nonoverlapping(from, to.cast(), F::BYTES);
+        } else {
+            d.store_step::<F>(F::load(d.lanes(), from), to);
         }
+    }
+}
+
+/// Widens or narrows a tile of keys to lines.
+///
+/// # Safety
+/// `k` points to the tile's first block in a slab of format `F`; the copy holds a tile.
+#[inline(always)]
+unsafe fn copy_keys<D: Dot, F: Format>(d: D, layout: Layout, k: *const u8, keys: usize, copy: *mut u32) {
+    let words = 2 / D::PAIR * WIDE;
+    for step in 0..keys.div_ceil(WIDE) * (layout.head_dim / 2) {
+        // SAFETY: the caller's contract.
+        unsafe { copy_step::<D, F>(d, k.add(step * F::BYTES), copy.add(step * words)) }
+    }
+}
+
+/// Widens or narrows a tile of values to lines; the slot beside the last of an odd number of keys becomes 0, and so do the lines
+/// up to a whole operation.
+///
+/// # Safety
+/// `v` points to the tile's first pair in a slab of format `F`; the copy holds a tile.
+#[inline(always)]
+unsafe fn copy_values<D: Dot, F: Format>(d: D, layout: Layout, v: *const u8, keys: usize, copy: *mut u32) {
+    let words = 2 / D::PAIR * WIDE;
+    // SAFETY: the caller's contract.
+    unsafe {
         for panel in 0..layout.panels() {
             let v = v.add(panel * (PAGE / 2) * F::BYTES);
-            let copy = v_copy.add(panel * (TILE / D::PAIR * WIDE));
+            let copy = copy.add(panel * (TILE / D::PAIR * WIDE));
             for step in 0..keys / 2 {
-                d.store_step::<F>(F::load(s, v.add(step * F::BYTES)), copy.add(step * words));
+                copy_step::<D, F>(d, v.add(step * F::BYTES), copy.add(step * words));
             }
             if keys % 2 == 1 {
                 let mut tail = Step([0; MAX_STEP]);
                 even_half::<F>(v.add(keys / 2 * F::BYTES), &mut tail.0);
-                d.store_step::<F>(F::load(s, tail.0.as_ptr()), copy.add(keys / 2 * words));
+                copy_step::<D, F>(d, tail.0.as_ptr(), copy.add(keys / 2 * words));
+            }
+            let used = keys.div_ceil(2) * words;
+            for word in used..used.next_multiple_of(D::STEPS * WIDE) {
+                *copy.add(word) = 0;
             }
         }
     }
 }
 
-/// Turns 6 rows of scores into weights `p` relative to their new maxima, of which row `r` sees the first `seen[r]`;
+/// Turns a tile's rows of scores into weights `p` relative to their new maxima, of which row `r` sees the first `seen[r]`;
 /// returns what the earlier sums are to be multiplied by.
 ///
 /// # Safety
-/// `scores` is `[6, 128]`, `p` has 6 rows of a tile's coefficients, `max` and `sum` have 16 values, the scales
+/// `scores` is `[ROWS, 128]`, `p` has `ROWS` rows of a tile's coefficients, `max` and `sum` have 16 values, the scales
 /// `16 · blocks`.
 #[inline(always)]
 unsafe fn weigh<D: Dot>(
     d: D,
     scores: *mut f32,
     blocks: usize,
-    seen: &[usize; ROWS],
+    seen: &[usize; MAX_ROWS],
     scales: Option<(*const f32, *const f32)>,
     (max, sum): (*mut f32, *mut f32),
     (p, p_stride): (*mut u32, usize),
-) -> [f32; 16] {
+) -> [f32; MAX_ROWS] {
     let s = d.lanes();
     let (mut best, mut sums, mut keeps, mut shifts) =
-        ([f32::NEG_INFINITY; 16], [0.0f32; 16], [0.0f32; 16], [0.0f32; 16]);
+        ([f32::NEG_INFINITY; MAX_ROWS], [0.0f32; MAX_ROWS], [0.0f32; MAX_ROWS], [0.0f32; MAX_ROWS]);
     // SAFETY: the caller's contract.
     unsafe {
-        for r in 0..ROWS {
+        for r in 0..D::ROWS {
             let scores = scores.add(r * TILE);
             let mut most = s.splat16(f32::NEG_INFINITY);
             if scales.is_none() && seen[r] == TILE {
@@ -273,7 +298,7 @@ unsafe fn weigh<D: Dot>(
         s.store16(shift, shifts.as_mut_ptr());
         let keep = s.exp2(s.sub16(old, shift));
         s.store16(keep, keeps.as_mut_ptr());
-        for r in 0..ROWS {
+        for r in 0..D::ROWS {
             let (scores, p) = (scores.add(r * TILE), p.add(r * p_stride));
             let (shift, mut total) = (s.splat16(shifts[r]), s.splat16(0.0));
             for block in 0..blocks {

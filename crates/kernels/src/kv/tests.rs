@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{assert_close, execs, noise};
+use crate::testing::{assert_close, execs_and_modelled_amx as execs, noise};
 use crate::{Exec, IsaLevel, naive};
 
 /// f32 products over 513 keys, and 2^x to 2 ulp of scores of a few units.

@@ -41,6 +41,8 @@ pub(crate) const CONFIG: TileConfig = {
 
 /// The six tile operations.
 pub(crate) trait Tiles {
+    /// Tiles that are configured as [`CONFIG`] says: those of a thread that holds [`Configured`], or fresh ones of the model.
+    fn ready() -> Self;
     /// `ldtilecfg`.
     ///
     /// # Safety
@@ -77,6 +79,10 @@ pub(crate) trait Tiles {
 pub(crate) struct Hardware;
 
 impl Tiles for Hardware {
+    #[inline(always)]
+    fn ready() -> Self {
+        Self
+    }
     #[inline(always)]
     unsafe fn configure(&mut self, config: &TileConfig) {
         // SAFETY: AMX is available by the caller's promise; reads 64 bytes.

@@ -39,6 +39,12 @@ impl Model {
 }
 
 impl Tiles for Model {
+    fn ready() -> Self {
+        let mut model = Self::new();
+        // SAFETY: the model needs no instructions.
+        unsafe { model.configure(&super::amx::CONFIG) };
+        model
+    }
     unsafe fn configure(&mut self, config: &TileConfig) {
         assert!(config.palette == 1 && config.start_row == 0);
         for (tile, (&rows, &bytes)) in config.rows.iter().zip(&config.row_bytes).enumerate() {

@@ -5,6 +5,8 @@
 pub(crate) mod amx;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod amx_model;
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) use amx_model::Model;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod buffer;
