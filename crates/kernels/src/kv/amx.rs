@@ -93,6 +93,11 @@ impl<T: Tiles> Dot for AmxTiles<T> {
         unsafe { self.0.store_coefficients(v, out) }
     }
     #[inline(always)]
+    unsafe fn store_pair(self, v: <Avx512 as Lanes>::W, w: <Avx512 as Lanes>::W, out: *mut u32) {
+        // SAFETY: the caller's contract.
+        unsafe { self.0.store_pair(v, w, out) }
+    }
+    #[inline(always)]
     unsafe fn store_step<F: Format>(self, loaded: [<Avx512 as Lanes>::W; 2], out: *mut u32) {
         // SAFETY: the caller's contract.
         unsafe { self.0.store_step::<F>(loaded, out) }

@@ -14,9 +14,9 @@ const MAX_DECODE_ROWS: usize = 4;
 /// Ranges of pages of all KV heads of a job together, at least; fixed, so that results do not depend on the threads.
 const DECODE_TASKS: usize = 24;
 /// Query rows (positions × heads of the group) of a prefill task: what a converted tile of keys is used for.
-const BLOCK_ROWS: usize = 192;
+const BLOCK_ROWS: usize = 768;
 /// Prefill tasks of a job, at least, as long as they keep two register tiles.
-const PREFILL_TASKS: usize = 8;
+const PREFILL_TASKS: usize = 6;
 /// Below this many multiply-adds waking another thread costs more than it gains.
 const MIN_PARALLEL_WORK: usize = 48 * 1024;
 

@@ -10,6 +10,8 @@ use crate::simd::{Portable, Simd};
 /// 2^r on |r| ≤ 1/2, constant first, exact at 0; relative minimax error 9.2e-8.
 #[allow(clippy::approx_constant, reason = "a minimax coefficient near ln 2, not ln 2")]
 const EXP2: [f32; 6] = [1.0, 0.693_147, 0.240_222_43, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
+/// 1.5 · 2²³: adding it rounds to the nearest integer and leaves that integer in the low mantissa bits.
+const ROUND: f32 = 12_582_912.0;
 /// Exponents from here on give a normal power of two.
 const LOWEST: f32 = -126.0;
 
@@ -57,6 +59,26 @@ pub(super) trait Lanes: Simd {
     fn exp2_with<const N: usize>(self, x: Self::W, c: &[f32; N]) -> Self::W;
     fn max_of(self, v: Self::W) -> f32;
     fn sum_of(self, v: Self::W) -> f32;
+    /// Lane `i < n` is the maximum of all lanes of `v[i]`; the others are `-inf`.
+    #[inline(always)]
+    fn max_lanes(self, v: &[Self::W; 16], n: usize) -> Self::W {
+        let mut out = [f32::NEG_INFINITY; 16];
+        for i in 0..n {
+            out[i] = self.max_of(v[i]);
+        }
+        // SAFETY: sixteen values.
+        unsafe { self.load16(out.as_ptr()) }
+    }
+    /// Lane `i < n` is the sum of all lanes of `v[i]`; the others are 0.
+    #[inline(always)]
+    fn sum_lanes(self, v: &[Self::W; 16], n: usize) -> Self::W {
+        let mut out = [0.0; 16];
+        for i in 0..n {
+            out[i] = self.sum_of(v[i]);
+        }
+        // SAFETY: sixteen values.
+        unsafe { self.load16(out.as_ptr()) }
+    }
     /// Asks for the cache line at `p`, which need not be readable.
     fn prefetch(self, p: *const u8);
 
@@ -183,8 +205,6 @@ impl<const FUSED: bool> Lanes for Portable<FUSED> {
     }
     #[inline(always)]
     fn exp2_with<const N: usize>(self, x: [f32; 16], c: &[f32; N]) -> [f32; 16] {
-        /// 1.5 · 2²³: adding it rounds to the nearest integer and leaves that integer in the low mantissa bits.
-        const ROUND: f32 = 12_582_912.0;
         let mut v = x;
         for v in &mut v {
             // NaN fails the comparison and passes through.

@@ -260,8 +260,8 @@ unsafe fn weigh<D: Dot>(
     (p, p_stride): (*mut u32, usize),
 ) -> [f32; MAX_ROWS] {
     let s = d.lanes();
-    let (mut best, mut sums, mut keeps, mut shifts) =
-        ([f32::NEG_INFINITY; MAX_ROWS], [0.0f32; MAX_ROWS], [0.0f32; MAX_ROWS], [0.0f32; MAX_ROWS]);
+    let (mut rows, mut keeps, mut shifts) =
+        ([s.splat16(0.0); MAX_ROWS], [0.0f32; MAX_ROWS], [0.0f32; MAX_ROWS]);
     // SAFETY: the caller's contract.
     unsafe {
         for r in 0..D::ROWS {
@@ -288,10 +288,10 @@ unsafe fn weigh<D: Dot>(
                     most = s.max16(most, x);
                 }
             }
-            best[r] = s.max_of(most);
+            rows[r] = most;
         }
         let old = s.load16(max);
-        let new = s.max16(old, s.load16(best.as_ptr()));
+        let new = s.max16(old, s.max_lanes(&rows, D::ROWS));
         s.store16(new, max);
         // A row of -inf scores has no weights; -inf - -inf would be NaN.
         let shift = s.max16(s.splat16(f32::MIN), new);
@@ -301,7 +301,15 @@ unsafe fn weigh<D: Dot>(
         for r in 0..D::ROWS {
             let (scores, p) = (scores.add(r * TILE), p.add(r * p_stride));
             let (shift, mut total) = (s.splat16(shifts[r]), s.splat16(0.0));
-            for block in 0..blocks {
+            let pairs = if scales.is_none() { blocks / 2 } else { 0 };
+            for pair in 0..pairs {
+                let at = 2 * pair * WIDE;
+                let x = d.exp2(s.sub16(s.load16(scores.add(at)), shift));
+                let y = d.exp2(s.sub16(s.load16(scores.add(at + WIDE)), shift));
+                total = s.add16(total, s.add16(x, y));
+                d.store_pair(x, y, p.add(at / D::PAIR));
+            }
+            for block in 2 * pairs..blocks {
                 let at = block * WIDE;
                 let mut x = d.exp2(s.sub16(s.load16(scores.add(at)), shift));
                 total = s.add16(total, x);
@@ -314,9 +322,9 @@ unsafe fn weigh<D: Dot>(
                 }
                 d.store_coefficients(x, p.add(at / D::PAIR));
             }
-            sums[r] = s.sum_of(total);
+            rows[r] = total;
         }
-        s.store16(s.fma16(s.load16(sum), keep, s.load16(sums.as_ptr())), sum);
+        s.store16(s.fma16(s.load16(sum), keep, s.sum_lanes(&rows, D::ROWS)), sum);
     }
     keeps
 }

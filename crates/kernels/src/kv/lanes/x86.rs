@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LOWEST, Lanes};
+use super::{LOWEST, Lanes, ROUND};
 use crate::simd::{Avx2, Avx512, Simd};
 
 // SAFETY of every block of this file: the token proves the instruction set (its constructor's contract); pointers
@@ -97,7 +97,10 @@ impl Lanes for Avx512 {
         unsafe {
             // -inf - -inf would be NaN. The second operand is returned when either is NaN.
             let x = _mm512_max_ps(_mm512_set1_ps(-1e30), x);
-            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            // To the nearest integer; two additions are cheaper than the rounding instruction. Far below the range of results it
+            // rounds to something coarser, which gives 0 all the same.
+            let shifted = _mm512_add_ps(x, _mm512_set1_ps(ROUND));
+            let n = _mm512_sub_ps(shifted, _mm512_set1_ps(ROUND));
             let r = _mm512_sub_ps(x, n);
             let mut p = _mm512_set1_ps(c[N - 1]);
             let mut i = N - 1;
@@ -107,6 +110,30 @@ impl Lanes for Avx512 {
             }
             _mm512_scalef_ps(p, n)
         }
+    }
+    #[inline(always)]
+    fn max_lanes(self, v: &[__m512; 16], n: usize) -> __m512 {
+        if n == 16 {
+            return lanes_of_16(v, |a, b| self.max16(a, b));
+        }
+        let mut out = [f32::NEG_INFINITY; 16];
+        for i in 0..n {
+            out[i] = self.max_of(v[i]);
+        }
+        // SAFETY: see above.
+        unsafe { self.load16(out.as_ptr()) }
+    }
+    #[inline(always)]
+    fn sum_lanes(self, v: &[__m512; 16], n: usize) -> __m512 {
+        if n == 16 {
+            return lanes_of_16(v, |a, b| self.add16(a, b));
+        }
+        let mut out = [0.0; 16];
+        for i in 0..n {
+            out[i] = self.sum_of(v[i]);
+        }
+        // SAFETY: see above.
+        unsafe { self.load16(out.as_ptr()) }
     }
     #[inline(always)]
     fn max_of(self, v: __m512) -> f32 {
@@ -122,6 +149,27 @@ impl Lanes for Avx512 {
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch may have any address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+/// Lane `i` of the result is `op` over all lanes of `v[i]`: a transposition that reduces as it goes.
+#[inline(always)]
+fn lanes_of_16(v: &[__m512; 16], op: impl Fn(__m512, __m512) -> __m512) -> __m512 {
+    // SAFETY: see above; callers hold the token.
+    unsafe {
+        let mut quads = [v[0]; 4];
+        for i in 0..4 {
+            let [a, b, c, d] = [v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]];
+            let ab = op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = op(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+            quads[i] = op(low, high);
+        }
+        // Each of the four holds its four vectors in every 128-bit part.
+        let halves = |a, b| op(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+        halves(halves(quads[0], quads[1]), halves(quads[2], quads[3]))
     }
 }
 
