@@ -65,7 +65,7 @@ pub fn bench(
     let tokens: Vec<u32> = (0..deepest + options.decode_steps).map(|_| rng.random_range(0..vocab)).collect();
 
     let mut warm = model.new_cache();
-    model.forward(exec, &tokens[..tokens.len().min(64)], &mut warm, LogitRows::Last)?;
+    model.forward(exec, &tokens[..tokens.len().min(options.chunk)], &mut warm, LogitRows::Last)?;
     drop(warm);
 
     progress.start("bench", (deepest + depths.len() * options.decode_steps) as u64, "tok");

@@ -5,6 +5,7 @@ use std::arch::asm;
 use std::sync::OnceLock;
 
 use super::{PAD, PANEL, padded};
+use crate::Store;
 
 /// Rows of activations of one tile register.
 const TILE_ROWS: usize = 16;
@@ -12,6 +13,11 @@ const TILE_ROWS: usize = 16;
 const TILE_ROW_BYTES: usize = 64;
 /// Rows and panels that one call multiplies: four accumulators, two tiles of activations, two of weights.
 pub(crate) const SHAPE: (usize, usize) = (2 * TILE_ROWS, 2);
+
+/// Whether so many rows fill whole tiles.
+pub(crate) fn whole(rows: usize) -> bool {
+    rows.is_multiple_of(TILE_ROWS)
+}
 
 /// Shapes of the eight tiles, in the layout that `ldtilecfg` reads.
 #[derive(Clone, Copy, Debug)]
@@ -147,12 +153,45 @@ impl Drop for Configured {
     }
 }
 
+/// Where a block of outputs goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    /// Row 0 of panel 0.
+    pub first: *mut f32,
+    /// Values between the starts of two rows.
+    pub stride: usize,
+    pub store: Store,
+}
+
 /// `tile[r][p] = x[r] · panelᵀ` of BF16 panels lying one after another; `tile` `[32][panels][16]`, rows beyond `rows` are
 /// garbage. `x`: rows `stride` apart, padded in both directions to whole tiles; sums in f32, subnormals count as zero.
 ///
 /// # Panics
 /// Without AMX (unit tests use the model instead), and when slices are too short.
 pub(crate) fn tile(
+    configured: &Configured,
+    cols: usize,
+    weights: &[u16],
+    panels: usize,
+    x: &[u16],
+    stride: usize,
+    rows: usize,
+    tile: &mut [f32],
+) {
+    assert!(tile.len() >= rows.next_multiple_of(TILE_ROWS) * panels * PANEL);
+    let out = Out { first: tile.as_mut_ptr(), stride: panels * PANEL, store: Store::Overwrite };
+    // SAFETY: the tile has room for whole tiles of rows.
+    unsafe { tile_into(configured, cols, weights, panels, x, stride, rows, out) }
+}
+
+/// [`tile`] straight into the rows of an output, overwriting or adding.
+///
+/// # Safety
+/// `out` has `rows` rounded up to 16 rows of `16 · panels` values that are the caller's alone.
+///
+/// # Panics
+/// As [`tile`].
+pub(crate) unsafe fn tile_into(
     _configured: &Configured,
     cols: usize,
     weights: &[u16],
@@ -160,22 +199,25 @@ pub(crate) fn tile(
     x: &[u16],
     stride: usize,
     rows: usize,
-    tile: &mut [f32],
+    out: Out,
 ) {
     #[cfg(test)]
     if !supported() {
-        let mut model = super::amx_model::Model::new();
-        // SAFETY: the model needs no instructions.
-        unsafe { model.configure(&CONFIG) };
-        return multiply(&mut model, cols, weights, panels, x, stride, rows, tile);
+        let mut model = super::amx_model::Model::ready();
+        // SAFETY: the caller's contract.
+        return unsafe { multiply(&mut model, cols, weights, panels, x, stride, rows, out) };
     }
     assert!(supported(), "no AMX on this CPU");
-    multiply(&mut Hardware, cols, weights, panels, x, stride, rows, tile);
+    // SAFETY: the caller's contract.
+    unsafe { multiply(&mut Hardware, cols, weights, panels, x, stride, rows, out) }
 }
 
-/// [`tile`] on any tiles, which are configured.
+/// [`tile_into`] on any tiles, which are configured.
+///
+/// # Safety
+/// As [`tile_into`].
 #[inline(always)]
-fn multiply<T: Tiles>(
+unsafe fn multiply<T: Tiles>(
     tiles: &mut T,
     cols: usize,
     weights: &[u16],
@@ -183,19 +225,18 @@ fn multiply<T: Tiles>(
     x: &[u16],
     stride: usize,
     rows: usize,
-    tile: &mut [f32],
+    out: Out,
 ) {
     let cols = padded(cols);
     let tile_rows = rows.next_multiple_of(TILE_ROWS);
     assert!(rows <= SHAPE.0 && panels <= SHAPE.1, "tile of {rows} rows, {panels} panels");
     assert!(weights.len() >= panels * cols * PANEL);
     assert!(rows == 0 || x.len() >= (tile_rows - 1) * stride + cols);
-    assert!(tile.len() >= tile_rows * panels * PANEL);
     if rows == 0 || panels == 0 {
         return;
     }
-    let (w, x, out) = (weights.as_ptr().cast(), x.as_ptr().cast(), tile.as_mut_ptr().cast());
-    // SAFETY: the tiles are configured; the lengths were checked above.
+    let (w, x) = (weights.as_ptr().cast(), x.as_ptr().cast());
+    // SAFETY: the tiles are configured; the lengths were checked above; the caller's contract for the output.
     unsafe {
         match (rows > TILE_ROWS, panels > 1) {
             (true, true) => block::<T, true, true>(tiles, cols, w, x, 2 * stride, out),
@@ -217,18 +258,33 @@ unsafe fn block<T: Tiles, const ROWS: bool, const PANELS: bool>(
     w: *const u8,
     x: *const u8,
     stride: usize,
-    out: *mut u8,
+    out: Out,
 ) {
     /// Bytes of one tile of weights: 16 pairs of columns × 16 outputs.
     const W_TILE: usize = TILE_ROWS * TILE_ROW_BYTES;
     let panel_bytes = cols * PANEL * 2;
+    let (out, out_stride, add) =
+        (out.first.cast::<u8>(), out.stride * size_of::<f32>(), out.store == Store::Accumulate);
     // SAFETY: inside panels, rows and `out` by the caller's promise: `cols` is a multiple of 32, a tile of activations
     // is 16 rows of 32 values, a tile of weights 16 pairs of columns.
     unsafe {
-        tiles.zero::<0>();
-        tiles.zero::<1>();
-        tiles.zero::<2>();
-        tiles.zero::<3>();
+        if add {
+            tiles.load::<0>(out, out_stride);
+            if PANELS {
+                tiles.load::<1>(out.add(TILE_ROW_BYTES), out_stride);
+            }
+            if ROWS {
+                tiles.load::<2>(out.add(TILE_ROWS * out_stride), out_stride);
+            }
+            if ROWS && PANELS {
+                tiles.load::<3>(out.add(TILE_ROWS * out_stride + TILE_ROW_BYTES), out_stride);
+            }
+        } else {
+            tiles.zero::<0>();
+            tiles.zero::<1>();
+            tiles.zero::<2>();
+            tiles.zero::<3>();
+        }
         for step in 0..cols / PAD {
             let x = x.add(step * TILE_ROW_BYTES);
             let w = w.add(step * W_TILE);
@@ -247,7 +303,6 @@ unsafe fn block<T: Tiles, const ROWS: bool, const PANELS: bool>(
                 tiles.multiply::<3, 5, 7>();
             }
         }
-        let out_stride = if PANELS { 2 * TILE_ROW_BYTES } else { TILE_ROW_BYTES };
         tiles.store::<0>(out, out_stride);
         if PANELS {
             tiles.store::<1>(out.add(TILE_ROW_BYTES), out_stride);
@@ -314,11 +369,13 @@ fn permitted() -> bool {
 fn computes() -> bool {
     let (a, b, want) = known_product();
     let mut got = vec![f32::NAN; TILE_ROWS * PANEL];
-    // SAFETY: CPUID, XCR0 and the operating system's permission were checked by `supported` before.
-    unsafe { Hardware.configure(&CONFIG) };
-    multiply(&mut Hardware, PAD, &b, 1, &a, PAD, TILE_ROWS, &mut got);
-    // SAFETY: as above.
-    unsafe { Hardware.release() };
+    let out = Out { first: got.as_mut_ptr(), stride: PANEL, store: Store::Overwrite };
+    // SAFETY: CPUID, XCR0 and the operating system's permission were checked by `supported` before; `got` is a whole tile.
+    unsafe {
+        Hardware.configure(&CONFIG);
+        multiply(&mut Hardware, PAD, &b, 1, &a, PAD, TILE_ROWS, out);
+        Hardware.release();
+    }
     got == want
 }
 
@@ -342,11 +399,10 @@ mod tests {
     #[test]
     fn the_model_computes_the_known_product() {
         let (a, b, want) = known_product();
-        let mut model = Model::new();
-        // SAFETY: the model needs no instructions.
-        unsafe { model.configure(&CONFIG) };
         let mut got = vec![f32::NAN; TILE_ROWS * PANEL];
-        multiply(&mut model, PAD, &b, 1, &a, PAD, TILE_ROWS, &mut got);
+        let out = Out { first: got.as_mut_ptr(), stride: PANEL, store: Store::Overwrite };
+        // SAFETY: the model needs no instructions; `got` is a whole tile.
+        unsafe { multiply(&mut Model::ready(), PAD, &b, 1, &a, PAD, TILE_ROWS, out) };
         assert_eq!(got, want);
     }
 
@@ -374,10 +430,15 @@ mod tests {
                 }
                 let w = noise(2, panels * padded * PANEL);
                 let mut tile = vec![f32::NAN; SHAPE.0 * panels * PANEL + 1];
-                let mut model = Model::new();
-                // SAFETY: the model needs no instructions.
-                unsafe { model.configure(&CONFIG) };
-                multiply(&mut model, cols, &w, panels, &x, stride, rows, &mut tile);
+                let mut run = |store| {
+                    let out = Out { first: tile.as_mut_ptr(), stride: panels * PANEL, store };
+                    // SAFETY: the model needs no instructions; `tile` has all rows.
+                    unsafe {
+                        multiply(&mut Model::ready(), cols, &w, panels, &x, stride, rows, out);
+                    }
+                };
+                run(Store::Overwrite);
+                run(Store::Accumulate);
                 assert!(tile[SHAPE.0 * panels * PANEL].is_nan());
                 for row in 0..rows {
                     for out in 0..panels * PANEL {
@@ -386,10 +447,11 @@ mod tests {
                             value(x[row * stride + col])
                                 * value(panel[(col / 2 * PANEL + out % PANEL) * 2 + col % 2])
                         };
-                        let want: f64 = (0..cols).map(term).sum();
+                        // Stored, then added.
+                        let want = 2.0 * (0..cols).map(term).sum::<f64>();
                         let got = f64::from(tile[row * panels * PANEL + out]);
-                        // Sums of up to 100 products below 1 in f32.
-                        assert!((got - want).abs() < 2e-5, "{rows}x{cols}x{panels}: {got}, reference {want}");
+                        // Two sums of up to 100 products below 1 in f32.
+                        assert!((got - want).abs() < 4e-5, "{rows}x{cols}x{panels}: {got}, reference {want}");
                     }
                 }
             }

@@ -238,6 +238,15 @@ impl Target<'_> {
                 for row in (block.row..block.row + block.rows).step_by(self.tile_rows) {
                     let rows = self.tile_rows.min(block.row + block.rows - row);
                     let at = TileAt { row, rows, panel: first, panels };
+                    if self.plain(at) {
+                        // SAFETY: `plain` found all columns of the block in the output; no other task has it.
+                        let out = unsafe { self.out.add(row * self.stride + first * PANEL) };
+                        let out = (out, self.stride, self.store);
+                        // SAFETY: as above.
+                        if unsafe { self.route.multiply_into(&prepared, x, self.weight, scratch, at, out) } {
+                            continue;
+                        }
+                    }
                     self.route.multiply(&prepared, isa, x, self.weight, scratch, at, &mut tile.0);
                     if let Some(up) = self.up {
                         self.up_route.multiply(up_prepared, isa, x, up, up_scratch, at, &mut up_tile.0);
@@ -246,6 +255,11 @@ impl Target<'_> {
                 }
             }
         });
+    }
+
+    /// Whether a tile goes to the output as it is, all of its columns existing there.
+    fn plain(&self, at: TileAt) -> bool {
+        self.up.is_none() && self.bias.is_none() && (at.panel + at.panels) * PANEL <= self.weight.rows()
     }
 
     /// Writes a tile to the output.
@@ -267,7 +281,7 @@ impl Target<'_> {
                 continue;
             }
             match (self.bias.map(|bias| &bias[first..first + n]), self.store) {
-                (None, Store::Overwrite) => out.copy_from_slice(tile),
+                (None, Store::Overwrite) => copy_panels(tile, out),
                 (None, Store::Accumulate) => {
                     for i in 0..n {
                         out[i] += tile[i];
@@ -285,6 +299,19 @@ impl Target<'_> {
                 }
             }
         }
+    }
+}
+
+/// Copies panel by panel: a call of `memmove` for so few values would cost as much as their product.
+#[inline(always)]
+fn copy_panels(from: &[f32], to: &mut [f32]) {
+    let (from, rest) = from.as_chunks::<PANEL>();
+    let (to, rest_to) = to.as_chunks_mut::<PANEL>();
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from;
+    }
+    for (to, from) in rest_to.iter_mut().zip(rest) {
+        *to = *from;
     }
 }
 

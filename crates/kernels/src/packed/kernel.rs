@@ -7,7 +7,7 @@ use super::{MATVEC_ROWS, PANEL, Packed, dense_f32, padded, quant};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, dense_bf16};
 use crate::quant::Dtype;
-use crate::{Isa, IsaLevel};
+use crate::{Isa, IsaLevel, Store};
 
 /// Form of the activations that a kernel reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +191,39 @@ impl Route {
             Self::QuantTile(dtype) => {
                 quant::tile(isa, dtype, cols, expanded, panels, x.blocks(), row, rows, tile);
             }
+        }
+    }
+    /// [`multiply`](Self::multiply) straight into the output's rows, adding to them or not, where the kernel can; `false` where
+    /// it cannot and has done nothing.
+    ///
+    /// # Safety
+    /// `out` has `at.rows` rows, `stride` values apart, of `16 · at.panels` values that are the caller's alone.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 has such a kernel.
+    pub(super) unsafe fn multiply_into(
+        self,
+        prepared: &Prepared,
+        x: &Input,
+        weight: &Packed,
+        expanded: &[u8],
+        at: TileAt,
+        (out, stride, store): (*mut f32, usize, Store),
+    ) -> bool {
+        let TileAt { row, rows, panel, panels } = at;
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(dtype) if amx::whole(rows) => {
+                let tiles = prepared.tiles.as_ref().expect("prepared for this route");
+                let packed = if dtype == Dtype::BF16 { weight.panels_at(panel, panels) } else { expanded };
+                let (x, x_stride) = x.bf16_rows();
+                let out = amx::Out { first: out, stride, store };
+                // SAFETY: whole tiles of rows; the caller's contract.
+                unsafe {
+                    let x = &x[row * x_stride..];
+                    amx::tile_into(tiles, weight.cols(), cast(packed), panels, x, x_stride, rows, out);
+                }
+                true
+            }
+            _ => false,
         }
     }
 }
