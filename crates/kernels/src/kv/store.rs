@@ -199,6 +199,14 @@ impl KvStore {
         Slab { k, v, k_scales, v_scales }
     }
 
+    /// Makes the pages that `rows` more positions need. Appending does so by itself; fresh memory is slow to get, and several
+    /// stores can ask for it at once.
+    pub fn reserve(&mut self, rows: usize) {
+        while self.pages.len() * PAGE < self.len + rows {
+            self.pages.push(Arc::new(Page::zeroed(self.layout)));
+        }
+    }
+
     /// Appends `k` and `v` `[t, kv_heads · head_dim]`, keys already rotated. F16 saturates at ±65504; Q8 stores one
     /// scale per key and head. Pages that a fork shares are copied first. Panics when the shapes do not fit.
     pub fn append(&mut self, exec: &Exec, k: MatRef<'_>, v: MatRef<'_>) {
@@ -209,9 +217,7 @@ impl KvStore {
             return;
         }
         let (start, end) = (self.len, self.len + rows);
-        while self.pages.len() * PAGE < end {
-            self.pages.push(Arc::new(Page::zeroed(layout)));
-        }
+        self.reserve(rows);
         let (first_page, slab_bytes) = (start / PAGE, layout.slab().2);
         let write = |page: usize, kv_head: usize, slab: &mut [u8]| {
             let from = start.max(page * PAGE);

@@ -36,9 +36,10 @@ impl std::fmt::Debug for Input {
     }
 }
 
-/// Which forms are up to date besides f32.
+/// Which forms are up to date.
 #[derive(Clone, Copy, Debug, Default)]
 struct Forms {
+    f32: bool,
     bf16: bool,
     blocks: bool,
 }
@@ -103,7 +104,7 @@ impl Input {
         assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
         let stride = row_stride(k);
         (self.rows, self.cols, self.stride) = (m, k, stride);
-        self.forms = Forms { bf16: true, blocks: false };
+        self.forms = Forms { f32: false, bf16: true, blocks: false };
         self.bf16.grow::<u16>((m + ROW_PAD) * stride);
         #[cfg(target_arch = "x86_64")]
         if m * stride > 0 {
@@ -129,8 +130,9 @@ impl Input {
     pub fn rows(&self) -> usize {
         self.rows
     }
-    /// The values (normalised, if so set), not rounded.
+    /// The normalised values, not rounded. Panics unless [`set_rms_norm`](Self::set_rms_norm) made them.
     pub fn f32(&self) -> MatRef<'_> {
+        assert!(self.forms.f32, "the input was not set for f32");
         MatRef::new(self.f32.as_slice(), self.rows, self.cols, self.stride)
     }
 
@@ -140,6 +142,7 @@ impl Input {
     }
     /// f32 rows, zero padded, and the distance between them.
     pub(super) fn f32_rows(&self) -> (&[f32], usize) {
+        assert!(self.forms.f32, "the input was not set for this weight");
         (self.f32.as_slice(), self.stride)
     }
     /// bfloat16 rows, zero padded, and the distance between them. Panics when no weight given to `set` needs them.
@@ -161,18 +164,19 @@ impl Input {
 
     fn fill(&mut self, exec: &Exec, x: MatRef<'_>, norm: Option<Norm<'_>>, weights: &[&Packed]) {
         let (rows, cols) = (x.rows(), x.cols());
-        let mut forms = Forms::default();
+        // What is normalised is needed in f32 on the way.
+        let mut forms = Forms { f32: norm.is_some() || weights.is_empty(), ..Forms::default() };
         for weight in weights {
             assert_eq!(weight.cols(), cols, "{weight:?} times activations [{rows}, {cols}]");
             match Route::of(exec.isa(), weight.dtype(), rows).form() {
-                Form::F32 => {}
+                Form::F32 => forms.f32 = true,
                 Form::Bf16 => forms.bf16 = true,
                 Form::Blocks => forms.blocks = true,
             }
         }
         let (stride, blocks) = (row_stride(cols), cols / PAD);
         (self.rows, self.cols, self.stride, self.forms) = (rows, cols, stride, forms);
-        let f32_out = RowsOut::<f32>::new(&mut self.f32, rows, stride);
+        let f32_out = RowsOut::<f32>::new(&mut self.f32, if forms.f32 { rows } else { 0 }, stride);
         let bf16_rows = if forms.bf16 { rows + ROW_PAD } else { 0 };
         let bf16_out = RowsOut::<u16>::new(&mut self.bf16, bf16_rows, stride);
         let parts = if rows <= MATVEC_ROWS { quant::FINE } else { 1 };
@@ -182,13 +186,18 @@ impl Input {
         let sums_out = RowsOut::<i32>::new(&mut self.sums, block_rows, parts * blocks);
         let isa = exec.isa();
         let one = |row: usize| {
-            // SAFETY: `row < rows` for which the buffers were grown above, and every row is visited once.
-            let f32_row = unsafe { f32_out.row(row) };
-            copy_row(isa, x.row(row), norm, f32_row);
+            let mut values = x.row(row);
+            if forms.f32 {
+                // SAFETY: `row < rows` for which the buffers were grown above, and every row is visited once.
+                let f32_row = unsafe { f32_out.row(row) };
+                copy_row(isa, values, norm, f32_row);
+                values = &f32_row[..cols];
+            }
             if forms.bf16 {
                 // SAFETY: as above.
-                let bf16_row = unsafe { bf16_out.row(row) };
-                dispatch!(isa, round_row(f32_row, bf16_row));
+                let (bf16_row, padding) = unsafe { bf16_out.row(row) }.split_at_mut(cols);
+                dispatch!(isa, round_row(values, bf16_row));
+                padding.fill(0);
             }
             if forms.blocks {
                 // SAFETY: as above.
@@ -196,7 +205,7 @@ impl Input {
                     unsafe { (codes_out.row(row), scales_out.row(row), sums_out.row(row)) };
                 let stride = codes_stride(cols);
                 codes.chunks_exact_mut(stride.max(1)).for_each(|part| part[cols..].fill(0));
-                quant::quantize_activations(isa, &f32_row[..cols], parts, (codes, stride), scales, sums);
+                quant::quantize_activations(isa, values, parts, (codes, stride), scales, sums);
             }
         };
         if exec.threads() == 1 || rows < 2 || rows * cols < MIN_PARALLEL_VALUES {

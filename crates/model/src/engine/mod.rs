@@ -321,6 +321,11 @@ impl Engine {
         ws.positions.clear();
         ws.positions.extend(caches.iter().flat_map(|cache| cache.len..cache.len + seq));
         ws.rope.set_positions(exec, &ws.positions);
+        if seq > 1 {
+            let layers = caches.iter_mut().flat_map(|cache| &mut cache.layers);
+            let stores: Vec<_> = layers.filter_map(|layer| layer.kv.as_mut()).collect();
+            exec.parallel_items(stores, |_, store| store.reserve(seq));
+        }
         let pass = Pass { exec, config: &self.config, head: self.head, inv_freq: &self.inv_freq, seq };
         for (l, layer) in self.layers.iter().enumerate() {
             let mut memories: SmallVec<[_; 4]> =
