@@ -13,7 +13,7 @@ use super::store::{Layout, PAGE, Slab, WIDE};
 /// Rows of a register tile.
 const TILE_ROWS: usize = 4;
 /// Bytes ahead of the loads that are asked for, at least; whole panels of V.
-const AHEAD: usize = 8192;
+const AHEAD: usize = 16384;
 
 /// Panels of V that are asked for ahead.
 const fn panels_ahead<F: Format>() -> usize {
@@ -240,9 +240,10 @@ unsafe fn score_blocks<S: Lanes, F: Format, const R: usize, const B: usize>(
         for step in 0..steps {
             let mut x = [[zero; 2]; B];
             for b in 0..B {
-                let line = k.add((b * steps + step) * F::BYTES);
-                s.prefetch(line.wrapping_add(panels_ahead::<F>() * (PAGE / 2) * F::BYTES));
-                x[b] = F::load(s, line);
+                // In the order of the addresses, which the CPU's own prefetching follows.
+                let soon = k.wrapping_add((step * B + b + panels_ahead::<F>() * (PAGE / 2)) * F::BYTES);
+                s.prefetch(soon);
+                x[b] = F::load(s, k.add((b * steps + step) * F::BYTES));
             }
             for r in 0..R {
                 let c = F::coefficients(s, q.add(r * head_dim + 2 * step));
