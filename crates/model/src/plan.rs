@@ -339,6 +339,11 @@ impl HeadPlan {
         serde_json::to_string_pretty(self).expect("a plan holds only strings, numbers and lists")
     }
 
+    /// The JSON of [`to_json`](Self::to_json) as a value.
+    pub fn to_value(&self) -> serde_json::Value {
+        serde_json::to_value(self).expect("a plan holds only strings, numbers and lists")
+    }
+
     /// Whether `group` of `layer` is recurrent.
     pub fn is_converted(&self, layer: usize, group: usize) -> bool {
         self.layers[layer].groups[group].mixer == GroupMixer::Recurrent
