@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
-use model::{Engine, EngineOptions, MixerSpec, Model, ModelConfig, RecurrentKind};
+use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
 use std::path::{Path, PathBuf};
 use train::data::{self, DataSource, Document, SelfOptions, SequenceStream, Split};
 use weights::{Checkpoint, ModelSource, Tokenizer};
@@ -32,8 +32,10 @@ pub fn usage(text: impl Into<String>) -> anyhow::Error {
 pub fn is_usage(error: &anyhow::Error) -> bool {
     use eval::EvalError;
     use model::ModelError;
+    use train::TrainError;
     error.is::<Usage>()
-        || matches!(error.downcast_ref(), Some(ModelError::Context { .. }))
+        || matches!(error.downcast_ref(), Some(ModelError::Context { .. } | ModelError::Budget { .. }))
+        || matches!(error.downcast_ref(), Some(TrainError::Model(ModelError::Budget { .. })))
         || matches!(
             error.downcast_ref(),
             Some(EvalError::Argument(_) | EvalError::Model(ModelError::Context { .. }))
@@ -97,7 +99,41 @@ pub struct DataArgs {
     pub data: Vec<String>,
 }
 
-/// `--weights` and `--kv-type` of the commands that run a model.
+/// `--beta` of the commands that run, export or show a model.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct BudgetArgs {
+    /// Run a hybrid at a lower budget than its plan's: convert this share of the KV groups, those of highest score, and let the
+    /// others be attention again. Hybrids from `heal --elastic` are trained for several budgets.
+    #[arg(long, value_name = "SHARE")]
+    beta: Option<f64>,
+}
+
+impl BudgetArgs {
+    /// Opens a model argument at this budget without reading its weights.
+    pub fn open(self, arg: &str, ui: &Ui) -> Result<Checkpoint> {
+        let checkpoint = open(arg, ui)?;
+        let Some(beta) = self.beta else { return Ok(checkpoint) };
+        let plan = plan_of(&checkpoint)?;
+        let checkpoint = narrow(checkpoint, beta)?;
+        if plan.elastic.is_none() && plan_of(&checkpoint)?.converted() < plan.converted() {
+            ui.say(&format!(
+                "note: {arg} is not marked elastic: if its heads were healed, then for beta {}, all of them together; `heal --elastic` heals for several budgets",
+                plan.beta
+            ));
+        }
+        Ok(checkpoint)
+    }
+}
+
+/// The plan of a checkpoint; a base model's is empty.
+pub fn plan_of(checkpoint: &Checkpoint) -> Result<HeadPlan> {
+    Ok(match &checkpoint.plan_json {
+        Some(value) => HeadPlan::from_json(&value.to_string(), &checkpoint.config)?,
+        None => HeadPlan::empty(&checkpoint.config),
+    })
+}
+
+/// `--weights`, `--kv-type` and `--beta` of the commands that run a model.
 #[derive(clap::Args, Clone, Debug)]
 pub struct EngineArgs {
     /// Weights in memory: stored (each as in the checkpoint), f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k or q6_k.
@@ -107,6 +143,8 @@ pub struct EngineArgs {
     /// Attention cache: f32, f16, bf16 or q8. Default: f16; f32 where models are judged.
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
     pub kv_type: Option<KvType>,
+    #[command(flatten)]
+    budget: BudgetArgs,
 }
 
 /// `--weights`.
@@ -148,6 +186,11 @@ impl EngineArgs {
         };
         EngineOptions { weights, kv_type: self.kv_type.unwrap_or(defaults.kv_type) }
     }
+
+    /// Opens the model that these options are for, and packs its weights. (A model that it is compared with runs as it is: [`run_engine`].)
+    pub fn run(&self, arg: &str, defaults: EngineOptions, exec: &Exec, ui: &Ui) -> Result<Running> {
+        pack(self.budget.open(arg, ui)?, arg, self.options(defaults), exec)
+    }
 }
 
 /// A checkpoint and the engine made of it.
@@ -167,7 +210,10 @@ impl Running {
 
 /// Opens a model argument and packs its weights.
 pub fn run_engine(arg: &str, options: EngineOptions, exec: &Exec, ui: &Ui) -> Result<Running> {
-    let checkpoint = open(arg, ui)?;
+    pack(open(arg, ui)?, arg, options, exec)
+}
+
+fn pack(checkpoint: Checkpoint, arg: &str, options: EngineOptions, exec: &Exec) -> Result<Running> {
     let engine = Engine::load(exec, &checkpoint, options).with_context(|| format!("loading {arg}"))?;
     Ok(Running { checkpoint, engine })
 }

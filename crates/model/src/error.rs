@@ -9,6 +9,14 @@ pub enum ModelError {
     /// A head plan is malformed or does not fit the model.
     #[error("head plan: {0}")]
     Plan(String),
+    /// A plan cannot be run, or a hybrid not trained, at the asked budget.
+    #[error("beta {beta}: {reason}")]
+    Budget {
+        /// The share of KV groups to convert that was asked for.
+        beta: f64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A parameter is missing or has the wrong shape.
     #[error("parameter `{name}`: expected shape {expected:?}, found {found}")]
     Param {

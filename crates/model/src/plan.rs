@@ -6,8 +6,11 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use weights::{Family, ModelConfig};
 
+mod elastic;
 #[cfg(test)]
 mod tests;
+
+pub use elastic::{Elastic, groups_at};
 
 /// The recurrent part of a converted group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -122,6 +125,9 @@ pub struct HeadPlan {
     /// What converted groups become; absent only when none is converted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mixer: Option<MixerSpec>,
+    /// The budgets that the heads were trained for together; absent where they were trained for this plan's only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub elastic: Option<Elastic>,
     /// One entry per layer.
     pub layers: Vec<LayerPlan>,
 }
@@ -250,6 +256,7 @@ impl HeadPlan {
             beta: 0.0,
             keep_at_least_per_layer: 0,
             mixer: None,
+            elastic: None,
             layers: vec![LayerPlan { groups: vec![group; config.kv_heads] }; config.layers],
         }
     }
@@ -280,7 +287,7 @@ impl HeadPlan {
         Ok(plan)
     }
 
-    /// Checks the plan against a model: version, the model's sizes, number of layers and groups, the mixer's ranges, and that a
+    /// Checks the plan against a model: version, the model's sizes, number of layers and groups, the mixer's ranges, the elastic mark, and that a
     /// mixer is given when a group is converted.
     ///
     /// # Errors
@@ -301,6 +308,7 @@ impl HeadPlan {
         if !(0.0..=1.0).contains(&self.beta) {
             return bad(format!("beta is {}, expected 0 to 1", self.beta));
         }
+        self.elastic.as_ref().map_or(Ok(()), Elastic::validate)?;
         for (layer, LayerPlan { groups }) in self.layers.iter().enumerate() {
             if groups.len() != config.kv_heads {
                 return bad(format!(
@@ -329,6 +337,11 @@ impl HeadPlan {
     /// Pretty JSON.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a plan holds only strings, numbers and lists")
+    }
+
+    /// The JSON of [`to_json`](Self::to_json) as a value.
+    pub fn to_value(&self) -> serde_json::Value {
+        serde_json::to_value(self).expect("a plan holds only strings, numbers and lists")
     }
 
     /// Whether `group` of `layer` is recurrent.

@@ -4,7 +4,12 @@
 mod common;
 
 use common::{Share, base, configs, engine_of, exec, hybrid, plan, specs, tokens};
-use recurformer_model::{Engine, EngineOptions, LogitRows, Model, ModelConfig, ModelError, RecurrentKind};
+use kernels::kv::KvType;
+use kernels::quant::Dtype;
+use recurformer_model::{
+    Engine, EngineOptions, HeadPlan, LogitRows, Model, ModelConfig, ModelError, NoObserver, RecurrentKind,
+    TokenBatch, narrow,
+};
 use serde_json::json;
 use std::path::Path;
 use weights::Checkpoint;
@@ -84,6 +89,98 @@ fn save_load_continue() {
             }
         }
     }
+}
+
+/// Everything converted, with scores that rank the groups across layers.
+fn everything(config: &ModelConfig, spec: recurformer_model::MixerSpec) -> HeadPlan {
+    let mut plan = plan(config, spec, Share::All);
+    for (l, layer) in plan.layers.iter_mut().enumerate() {
+        for (g, group) in layer.groups.iter_mut().enumerate() {
+            group.score = Some(((5 * l + 3 * g) % 7) as f64);
+        }
+    }
+    plan
+}
+
+fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let exec = exec();
+    let batch = TokenBatch { sequences: 1, seq_len: tokens.len(), tokens: tokens.to_vec() };
+    model.logits(&exec, &model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap())
+}
+
+#[test]
+fn a_hybrid_at_a_lower_beta_is_the_hybrid_of_that_plan() {
+    let (exec, tokens) = (exec(), tokens(30, 3));
+    let small = EngineOptions { weights: Some(Dtype::Q8_0), kv_type: KvType::F16 };
+    for config in &configs()[..2] {
+        let base = base(config, 1);
+        for spec in specs(config.head_dim) {
+            let mut wide = hybrid(&base, everything(config, spec), 2);
+            let dir = tempfile::tempdir().unwrap();
+            save(dir.path(), config, &tensors_of(&wide), Some(&wide.plan.to_json()));
+            for beta in [0.0, 0.4, 0.7, 1.0] {
+                let plan = wide.plan.at_beta(beta).unwrap();
+                assert_eq!(plan.converted(), (beta * plan.total() as f64).round() as usize);
+                let expected =
+                    base.with_plan(plan.clone(), &mut |l, g| Ok(wide.head_tensors(l, g).unwrap())).unwrap();
+                let own = tempfile::tempdir().unwrap();
+                save(own.path(), config, &tensors_of(&expected), Some(&plan.to_json()));
+
+                let open = || narrow(Checkpoint::open(dir.path()).unwrap(), beta).unwrap();
+                let loaded = Model::load(&open()).unwrap();
+                assert_eq!(loaded.plan, plan);
+                assert_eq!(loaded.params.len(), expected.params.len(), "heads without use are not read");
+                let values = logits(&expected, &tokens);
+                assert_eq!(logits(&loaded, &tokens), values, "{spec}, beta {beta}");
+                if beta == 0.0 {
+                    assert_eq!(values, logits(&base, &tokens));
+                }
+                let before = logits(&wide, &tokens);
+                let mut resolved = wide.resolve(plan.clone()).unwrap();
+                wide.swap_plan(&mut resolved);
+                assert_eq!((&wide.plan, logits(&wide, &tokens)), (&plan, values));
+                wide.swap_plan(&mut resolved);
+                assert_eq!((resolved.plan(), logits(&wide, &tokens)), (&plan, before));
+
+                for options in [EngineOptions::EXACT, EngineOptions::default(), small] {
+                    let there = Checkpoint::open(own.path()).unwrap();
+                    let [expected, found] = [&there, &open()].map(|checkpoint| {
+                        let engine = Engine::load(&exec, checkpoint, options).unwrap();
+                        let mut cache = engine.new_cache();
+                        let logits = engine.forward(&exec, &tokens, &mut cache, LogitRows::All).unwrap();
+                        (logits, cache.bytes(), engine.cache_bytes(1000), engine.weight_bytes())
+                    });
+                    assert_eq!(found, expected, "{spec}, beta {beta}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn budgets_that_a_checkpoint_cannot_meet() {
+    let config = &configs()[0];
+    let base = base(config, 1);
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), config, &tensors_of(&base), None);
+    let refused = |beta| narrow(Checkpoint::open(dir.path()).unwrap(), beta).err().unwrap().to_string();
+    assert!(refused(0.5).contains("is a base model") && refused(0.0).contains("\nhint: "));
+    let model = hybrid(&base, plan(config, specs(config.head_dim)[1], Share::Some), 2);
+    save(dir.path(), config, &tensors_of(&model), Some(&model.plan.to_json()));
+    assert!(refused(0.7).contains("converts 2"), "{}", refused(0.7));
+    assert!(refused(0.2).contains("no score"));
+
+    // A tensor that not even the wider plan asks for stays an error.
+    let wide = hybrid(&base, everything(config, specs(config.head_dim)[1]), 2);
+    let mut tensors = tensors_of(&wide);
+    tensors.push(("model.layers.0.self_attn.recurrent.7.d_skip".into(), vec![2], vec![0.0; 2]));
+    save(dir.path(), config, &tensors, Some(&wide.plan.to_json()));
+    let narrowed = narrow(Checkpoint::open(dir.path()).unwrap(), 0.4).unwrap();
+    assert!(matches!(Model::load(&narrowed).err().unwrap(), ModelError::Unexpected { .. }));
+    // What is left out is not there.
+    let hidden = wide.head_param_ids(0, 0).first().map(|&id| wide.params.get(id).name.clone()).unwrap();
+    assert_eq!(narrowed.tensors.info(&hidden), None);
+    assert!(narrowed.tensors.read_f32(&hidden).is_err() && narrowed.tensors.stored(&hidden).is_err());
 }
 
 /// Replaced by NaN in the file.

@@ -74,7 +74,12 @@ pub fn convert(
             }));
         }
     }
-    write_checkpoint(checkpoint, plan, &outputs, out, progress)
+    write_checkpoint(checkpoint, &unmarked(plan), &outputs, out, progress)
+}
+
+/// New heads were not trained for several budgets, whatever model the plan comes from.
+fn unmarked(plan: &HeadPlan) -> HeadPlan {
+    HeadPlan { elastic: None, ..plan.clone() }
 }
 
 /// The same in memory, for evaluation without writing: shares the base's tensors.
@@ -90,7 +95,7 @@ pub fn convert_in_memory(
 ) -> Result<Model> {
     refuse_hybrid(&model.plan)?;
     let layout = check(&model.config, plan, bank, heads)?;
-    let hybrid = model.with_plan(plan.clone(), &mut |layer, group| {
+    let hybrid = model.with_plan(unmarked(plan), &mut |layer, group| {
         Ok(match (bank, layout) {
             (Some(bank), _) => bank.groups[layer][group].clone(),
             (None, Some(layout)) => {

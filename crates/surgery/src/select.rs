@@ -8,7 +8,7 @@ mod tests;
 pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, summary};
 
 use crate::error::{Result, SurgeryError};
-use model::plan::{GroupPlan, LayerPlan, PlanCriterion};
+use model::plan::{GroupPlan, LayerPlan, PlanCriterion, groups_at};
 use model::{GroupMixer, HeadPlan, MixerSpec, ModelConfig};
 
 /// What [`select`] needs besides the scores.
@@ -43,7 +43,7 @@ pub fn select(config: &ModelConfig, scores: &[Vec<f64>], options: &SelectOptions
     }
     check_scores(config, scores)?;
     let groups = config.layers * config.kv_heads;
-    let budget = (beta * groups as f64).round() as usize;
+    let budget = groups_at(beta, groups);
     let per_layer = config.kv_heads - options.keep_at_least_per_layer;
     let possible = config.layers * per_layer;
     if budget > possible {

@@ -4,6 +4,7 @@ pub use kernels::quant::Dtype;
 
 use crate::error::{Result, WeightsError};
 use crate::stored::StoredTensor;
+use std::path::PathBuf;
 
 /// Name, shape and stored type of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,52 @@ pub trait TensorSource: Send + Sync {
     /// One tensor's description.
     fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.infos().iter().find(|info| info.name == name)
+    }
+}
+
+/// The tensors of another source, some left out as if the file did not hold them.
+pub struct Without {
+    source: Box<dyn TensorSource>,
+    path: PathBuf,
+    infos: Vec<TensorInfo>,
+}
+
+impl Without {
+    /// Leaves out the tensors of `source` whose names `hidden` accepts; `path` is for messages.
+    pub fn new(source: Box<dyn TensorSource>, path: PathBuf, hidden: impl Fn(&str) -> bool) -> Self {
+        let infos = source.infos().iter().filter(|info| !hidden(&info.name)).cloned().collect();
+        Self { source, path, infos }
+    }
+
+    fn check(&self, name: &str) -> Result<()> {
+        match self.info(name) {
+            Some(_) => Ok(()),
+            None => Err(WeightsError::MissingTensor { path: self.path.clone(), name: name.to_string() }),
+        }
+    }
+}
+
+impl TensorSource for Without {
+    fn infos(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        self.check(name)?;
+        self.source.read_f32(name)
+    }
+    fn raw(&self, name: &str) -> Result<Option<(Dtype, &[u8])>> {
+        self.check(name)?;
+        self.source.raw(name)
+    }
+    fn stored(&self, name: &str) -> Result<StoredTensor<'_>> {
+        self.check(name)?;
+        self.source.stored(name)
+    }
+    fn prefetch(&self) {
+        self.source.prefetch();
+    }
+    fn release(&self) {
+        self.source.release();
     }
 }
 

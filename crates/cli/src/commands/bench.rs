@@ -1,6 +1,6 @@
 //! `bench`: speed and memory against depth.
 
-use crate::common::{EngineArgs, ExecArgs, print_json, run_engine};
+use crate::common::{EngineArgs, ExecArgs, Running, print_json, run_engine};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::bench::{BenchOptions, BenchResult, bench};
@@ -46,15 +46,19 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         decode_steps: args.decode_steps,
         ..BenchOptions::default()
     };
-    let mut measure = |name: &str| -> Result<Vec<BenchResult>> {
-        let mut model = run_engine(name, args.engine.options(EngineOptions::default()), &exec, ui)?.engine;
+    let measure = |running: Running, ui: &mut Ui| -> Result<Vec<BenchResult>> {
+        let mut model = running.engine;
         if args.beyond_context {
             model.context_limit = usize::MAX;
         }
         Ok(bench(&exec, &model, &options, ui)?)
     };
-    let results = measure(&args.model)?;
-    let base = args.base.as_deref().map(&mut measure).transpose()?;
+    let defaults = EngineOptions::default();
+    let results = measure(args.engine.run(&args.model, defaults, &exec, ui)?, ui)?;
+    let base = match &args.base {
+        Some(name) => Some(measure(run_engine(name, args.engine.options(defaults), &exec, ui)?, ui)?),
+        None => None,
+    };
     if args.json {
         let mut value = json!({"model": args.model, "threads": exec.threads(), "isa": exec.isa().name(), "results": results});
         if let (Some(results), Some(name)) = (&base, &args.base) {

@@ -1,7 +1,7 @@
 //! `chat`: a conversation whose history stays in the cache.
 
 use crate::commands::generate::SamplingArgs;
-use crate::common::{EngineArgs, ExecArgs, run_engine};
+use crate::common::{EngineArgs, ExecArgs};
 use crate::ui::Ui;
 use anyhow::Result;
 use model::EngineOptions;
@@ -35,7 +35,7 @@ pub struct Args {
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let mut sampler = args.sampling.sampler()?;
-    let running = run_engine(&args.model, args.engine.options(EngineOptions::default()), &exec, ui)?;
+    let running = args.engine.run(&args.model, EngineOptions::default(), &exec, ui)?;
     let (model, tokenizer) = (&running.engine, running.tokenizer()?);
     let mut messages: Vec<ChatMessage> = Vec::new();
     messages

@@ -1,7 +1,7 @@
 //! `eval`: perplexity, divergence from a base, passkey retrieval.
 
 use crate::common::{
-    DataArgs, EngineArgs, ExecArgs, check_context, documents, print_json, run_engine, usage,
+    DataArgs, EngineArgs, ExecArgs, Running, check_context, documents, print_json, run_engine, usage,
 };
 use crate::ui::Ui;
 use anyhow::Result;
@@ -20,6 +20,7 @@ use train::data::Split;
 ///   recurformer eval ppl --model healed --base smollm2-135m --data english-small --context 1024
 ///   recurformer eval kl --model healed --base smollm2-135m --data book.txt
 ///   recurformer eval kl --model smollm2-135m --base smollm2-135m --data book.txt --weights q8_0 --chunk 1
+///   recurformer eval kl --model elastic --beta 0.5 --base smollm2-135m --data book.txt
 ///   recurformer eval passkey --model healed --base smollm2-135m --contexts 512,1024,2048
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -111,7 +112,7 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
         return Err(usage("eval kl needs --base"));
     }
     let exec = args.exec.exec()?;
-    let mut model = run_engine(&args.model, args.engine.options(EngineOptions::EXACT), &exec, ui)?;
+    let mut model = args.engine.run(&args.model, EngineOptions::EXACT, &exec, ui)?;
     if let Some(chunk) = args.chunk {
         model.engine.chunk = chunk as usize;
     }
@@ -189,15 +190,18 @@ fn table(results: &[Quality], divergence: bool) {
 fn retrieval(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let options = PasskeyOptions { contexts: args.contexts.clone(), samples: args.samples, seed: args.seed };
-    let mut measure = |name: &str| -> Result<_> {
-        let running = run_engine(name, args.engine.options(EngineOptions::EXACT), &exec, ui)?;
+    let measure = |running: Running, ui: &mut Ui| -> Result<_> {
         for &context in &options.contexts {
             check_context(&running.engine.config, context)?;
         }
         Ok(passkey(&exec, &running.engine, &running.tokenizer()?, &options, ui)?)
     };
-    let results = measure(&args.model)?;
-    let base = args.base.as_deref().map(&mut measure).transpose()?;
+    let defaults = EngineOptions::EXACT;
+    let results = measure(args.engine.run(&args.model, defaults, &exec, ui)?, ui)?;
+    let base = match &args.base {
+        Some(name) => Some(measure(run_engine(name, args.engine.options(defaults), &exec, ui)?, ui)?),
+        None => None,
+    };
     if args.json {
         let mut value = json!({"results": results, "seed": args.seed});
         if let Some(base) = &base {

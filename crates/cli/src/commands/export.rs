@@ -1,6 +1,6 @@
 //! `export`: one GGUF file of a model, quantised if asked for.
 
-use crate::common::{ExecArgs, check_output, dtype, open, print_json, usage};
+use crate::common::{BudgetArgs, ExecArgs, check_output, dtype, plan_of, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use eval::report::bytes;
@@ -19,11 +19,13 @@ const TYPES: [&str; 11] =
 /// `recurformer`, holds its plan, and only this project reads it. Either is a --model for every command.
 /// Norms, biases and the small tensors of recurrent heads stay F32; the embedding is stored as Q8_0 with
 /// types of 4 and 5 bits; rows that are not whole blocks take a type of similar size that fits them,
-/// which the output tells.
+/// which the output tells. A hybrid keeps all of its heads, so that the file can be run at a lower --beta;
+/// with --beta it gets those of that budget only.
 ///
 /// Examples:
 ///   recurformer export --model hybrid --gguf hybrid.gguf
 ///   recurformer export --model hybrid --gguf hybrid-q4.gguf --weights q4_k
+///   recurformer export --model elastic --beta 0.5 --gguf half.gguf
 ///   recurformer export --model HuggingFaceTB/SmolLM2-135M-Instruct --gguf base.gguf --weights q8_0 --json
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -38,6 +40,8 @@ pub struct Args {
     #[arg(long, default_value = "q8_0", value_name = "TYPE", ignore_case = true,
           value_parser = clap::builder::PossibleValuesParser::new(TYPES))]
     weights: String,
+    #[command(flatten)]
+    budget: BudgetArgs,
     #[command(flatten)]
     exec: ExecArgs,
     /// Print JSON.
@@ -57,12 +61,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     }
     check_output(&args.gguf, true)?;
     let wanted = dtype(&args.weights).map_err(usage)?;
-    let checkpoint = open(&args.model, ui)?;
-    let plan = checkpoint
-        .plan_json
-        .as_ref()
-        .map(|plan| HeadPlan::from_json(&plan.to_string(), &checkpoint.config))
-        .transpose()?;
+    let checkpoint = args.budget.open(&args.model, ui)?;
+    let plan = checkpoint.plan_json.is_some().then(|| plan_of(&checkpoint)).transpose()?;
     let exec = args.exec.exec()?;
     let export = Export::plan(&checkpoint, wanted)?;
     for note in export.notes() {

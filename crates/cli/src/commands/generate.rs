@@ -1,6 +1,6 @@
 //! `generate`: continues a prompt.
 
-use crate::common::{EngineArgs, ExecArgs, Running, print_json, run_engine, usage};
+use crate::common::{EngineArgs, ExecArgs, Running, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use model::generate::{Finish, GenerateLimits, generate};
@@ -91,7 +91,7 @@ impl SamplingArgs {
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let mut sampler = args.sampling.sampler()?;
-    let running = run_engine(&args.model, args.engine.options(EngineOptions::default()), &exec, ui)?;
+    let running = args.engine.run(&args.model, EngineOptions::default(), &exec, ui)?;
     let model = &running.engine;
     let (prompt, tokenizer) = prompt(args, &running, ui)?;
     let mut cache = model.new_cache();

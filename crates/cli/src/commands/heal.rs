@@ -15,6 +15,7 @@ use train::heal::{HealOptions, Stage, Trainable, heal};
 ///
 /// Example:
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --stage distill --tokens 32768 --out healed
+///   recurformer heal --model hybrid --base smollm2-135m --data english-small --elastic 0.5,0.75,0.9 --out elastic
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -44,6 +45,10 @@ pub struct Args {
     /// What trains besides the new heads: heads, norms, lora:RANK or all.
     #[arg(long, default_value = "heads", value_parser = parse_trainable)]
     train: Trainable,
+    /// Train for several budgets at once: betas, comma-separated, the plan's own the largest. Each step takes one of them; the result runs
+    /// at any lower --beta.
+    #[arg(long, value_delimiter = ',', value_name = "BETAS")]
+    elastic: Vec<f64>,
     /// Peak learning rate of the new heads.
     #[arg(long)]
     lr: Option<f32>,
@@ -104,6 +109,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             args.model
         );
     }
+    if hybrid.model.plan.elastic.is_some() && args.elastic.is_empty() {
+        ui.say("note: the hybrid is elastic, and trained for its plan's own beta only it will not be any more; --elastic keeps it so");
+    }
     check_context(&base.model.config, args.context)?;
     let documents = documents(&args.data, Split::Train, &base.checkpoint, &exec, ui)?;
     let mut stream = SequenceStream::new(&documents, args.context, args.seed)?;
@@ -120,6 +128,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         batch: args.batch,
         accumulate: args.accumulate,
         lr: args.lr.unwrap_or(defaults.lr),
+        elastic: args.elastic.clone(),
         seed: args.seed,
         state_dir: state_dir.into(),
         resume: args.resume,
@@ -129,11 +138,20 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let mut trained = hybrid.model.clone();
     let metrics = heal(&exec, &base.model, &mut trained, &mut stream, &options, ui)?;
     save_model(&hybrid.checkpoint, &trained, &args.out, ui)?;
-    if let (Some(first), Some(last)) = (metrics.first(), metrics.last()) {
+    if let (Some(first), Some(last)) = (metrics.first(), metrics.last())
+        && args.elastic.is_empty()
+    {
         println!(
             "loss {:.4} → {:.4} over {} tokens in {} steps",
             first.loss, last.loss, last.tokens, last.step
         );
+    }
+    // Losses at different budgets do not compare.
+    for &beta in trained.plan.elastic.iter().flat_map(|elastic| &elastic.betas) {
+        let of: Vec<_> = metrics.iter().filter(|m| m.beta == Some(beta)).collect();
+        if let (Some(first), Some(last)) = (of.first(), of.last()) {
+            println!("beta {beta}: loss {:.4} → {:.4} in {} steps", first.loss, last.loss, of.len());
+        }
     }
     println!(
         "wrote {}; metrics and training state are in {}",

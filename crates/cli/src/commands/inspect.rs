@@ -1,37 +1,38 @@
 //! `inspect`: what a model is, how large, what its cache costs, which heads are what.
 
-use crate::common::{open, print_json};
+use crate::common::{BudgetArgs, plan_of, print_json};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::bytes;
-use model::{GroupMixer, HeadPlan};
+use model::{GroupMixer, HeadPlan, ModelConfig};
 use serde_json::json;
 use surgery::select::summary;
 use weights::tensors::{bytes_by_dtype, parameter_count};
 
-/// Show what a model is: architecture, sizes, element types, cache bytes per token, and the plan if it is a hybrid.
+/// Show what a model is: architecture, sizes, element types, cache bytes per token; of a hybrid its plan, and the
+/// budgets that it was trained for.
 ///
 /// Examples:
 ///   recurformer inspect smollm2-135m
 ///   recurformer inspect hybrid-q4.gguf
 ///   recurformer inspect ./hybrid --json
+///   recurformer inspect ./elastic --beta 0.5
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
     /// Folder, GGUF file, hub id or built-in name.
     model: String,
+    #[command(flatten)]
+    budget: BudgetArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
-    let checkpoint = open(&args.model, ui)?;
+    let checkpoint = args.budget.open(&args.model, ui)?;
     let config = &checkpoint.config;
-    let plan = match &checkpoint.plan_json {
-        Some(value) => HeadPlan::from_json(&value.to_string(), config)?,
-        None => HeadPlan::empty(config),
-    };
+    let plan = plan_of(&checkpoint)?;
     let infos = checkpoint.tensors.infos();
     let parameters = parameter_count(infos);
     let by_dtype: Vec<(&str, usize, usize)> = bytes_by_dtype(infos)
@@ -52,7 +53,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         return print_json(&json!({
             "path": checkpoint.path, "container": container, "architecture": architecture, "config": config, "parameters": parameters, "dtypes": dtypes,
             "kv_bytes_per_token": cache.hybrid_bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
-            "plan": (plan.converted() > 0).then_some(&plan),
+            "plan": (plan.converted() > 0).then_some(&plan), "elastic": plan.elastic,
         }));
     }
     println!("{} ({container})", checkpoint.path.display());
@@ -89,6 +90,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         if let Some(mixer) = &plan.mixer {
             println!("  mixer         {:?}, window {}, sinks {}", mixer.recurrent, mixer.window, mixer.sinks);
         }
+        print_budgets(&plan, config)?;
         println!("  groups        A attention, r recurrent; one line per layer");
         for (layer, groups) in plan.layers.iter().enumerate() {
             let marks: String = groups
@@ -98,6 +100,23 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
                 .collect();
             println!("    {layer:>3} {marks}");
         }
+    }
+    Ok(())
+}
+
+/// The budgets that an elastic hybrid was trained for, and what each costs.
+fn print_budgets(plan: &HeadPlan, config: &ModelConfig) -> Result<()> {
+    let Some(elastic) = &plan.elastic else { return Ok(()) };
+    println!("  elastic       trained for {} budgets:", elastic.betas.len());
+    for &beta in &elastic.betas {
+        let cache = summary(&plan.at_beta(beta)?, config);
+        println!(
+            "    --beta {beta:<6} {} of {} groups, cache {} per token, constant {}",
+            cache.converted,
+            cache.total,
+            bytes(cache.hybrid_bytes_per_token),
+            bytes(cache.constant_bytes)
+        );
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `logits`: the raw output of a model for given token ids.
 
-use crate::common::{EngineArgs, ExecArgs, check_output, run_engine, usage};
+use crate::common::{EngineArgs, ExecArgs, check_output, usage};
 use crate::ui::Ui;
 use anyhow::Result;
 use model::{EngineOptions, LogitRows};
@@ -35,7 +35,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     }
     check_output(&args.out, true)?;
     let exec = args.exec.exec()?;
-    let model = run_engine(&args.model, args.engine.options(EngineOptions::EXACT), &exec, ui)?.engine;
+    let model = args.engine.run(&args.model, EngineOptions::EXACT, &exec, ui)?.engine;
     let logits = model.forward(&exec, &args.tokens, &mut model.new_cache(), LogitRows::All)?;
     let mut bytes = Vec::new();
     let mut writer = npyz::WriteOptions::new()

@@ -108,6 +108,11 @@ fn heal_low_rank() {
 }
 
 #[test]
+fn heal_elastic() {
+    heal_job("heads --elastic 0.25,0.5").killed_and_interrupted();
+}
+
+#[test]
 fn an_extension_that_was_killed_goes_on() {
     let job = align_job();
     let short = job.line.replace(&format!("--tokens {TOKENS}"), "--tokens 128");

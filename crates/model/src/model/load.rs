@@ -6,6 +6,7 @@ use crate::params::ParamStore;
 use crate::plan::HeadPlan;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use weights::tensors::Without;
 use weights::{Checkpoint, ModelConfig, TensorSource};
 
 /// Buffers that old checkpoints carry inside layers and that are computed here.
@@ -33,6 +34,35 @@ impl Model {
         }
         Self::from_parts(config, plan, params)
     }
+}
+
+/// A hybrid's checkpoint at a lower budget: with its plan [`at_beta`](HeadPlan::at_beta), and without the heads of groups that become attention
+/// again. Whatever reads it sees a smaller hybrid; the files stay as they are.
+///
+/// # Errors
+/// [`ModelError::Budget`] for a base model and as [`HeadPlan::at_beta`]; [`ModelError::Plan`] for a plan that does not fit.
+pub fn narrow(checkpoint: Checkpoint, beta: f64) -> Result<Checkpoint> {
+    let Checkpoint { path, config, config_json, tensors, plan_json } = checkpoint;
+    let Some(json) = plan_json else {
+        return Err(ModelError::Budget {
+            beta,
+            reason: format!(
+                "{} is a base model: all of its groups are attention\nhint: give a hybrid, from `convert` or `heal`, or no beta",
+                path.display()
+            ),
+        });
+    };
+    let wide = HeadPlan::from_json(&json.to_string(), &config)?;
+    let plan = wide.at_beta(beta)?;
+    let unused: Vec<String> = (0..config.layers)
+        .flat_map(|layer| (0..config.kv_heads).map(move |group| (layer, group)))
+        .filter(|&(layer, group)| wide.is_converted(layer, group) && !plan.is_converted(layer, group))
+        .map(|(layer, group)| layout::head_tensor_name(layer, group, ""))
+        .collect();
+    let hidden = |name: &str| unused.iter().any(|prefix| name.starts_with(prefix));
+    let tensors = Box::new(Without::new(tensors, path.clone(), hidden));
+    let plan_json = Some(plan.to_value());
+    Ok(Checkpoint { path, config, config_json, tensors, plan_json })
 }
 
 /// A checkpoint's configuration and plan, after checking that it holds every tensor of them with its shape and no other.

@@ -11,6 +11,7 @@ pub use batch::{Tape, TokenBatch};
 pub(crate) use layout::head_layout;
 pub use layout::head_tensor_name;
 pub(crate) use load::check_checkpoint;
+pub use load::narrow;
 
 use crate::error::{ModelError, Result};
 use crate::mixers::{BaseGroup, HeadEnv, HeadLayout, HeadTensors, HeadView};
@@ -36,6 +37,22 @@ pub struct Model {
     /// Most tokens of one sequence, the configuration's `max_context` unless raised by the caller.
     pub context_limit: usize,
     layout: Arc<Layout>,
+}
+
+/// Another plan over a model's parameters, with everything that follows from it; see [`Model::resolve`].
+#[derive(Clone)]
+pub struct ResolvedPlan {
+    plan: HeadPlan,
+    layout: Arc<Layout>,
+    /// Parameters in the store that it was resolved for.
+    params: usize,
+}
+
+impl ResolvedPlan {
+    /// The plan.
+    pub fn plan(&self) -> &HeadPlan {
+        &self.plan
+    }
 }
 
 impl Model {
@@ -93,6 +110,28 @@ impl Model {
         let mut model = Self::from_parts(self.config.clone(), plan, params)?;
         model.context_limit = self.context_limit;
         Ok(model)
+    }
+
+    /// Prepares another plan over the same parameters, for [`swap_plan`](Self::swap_plan). They must hold the heads of all groups that it
+    /// converts.
+    ///
+    /// # Errors
+    /// As [`from_parts`](Self::from_parts).
+    pub fn resolve(&self, plan: HeadPlan) -> Result<ResolvedPlan> {
+        plan.validate(&self.config)?;
+        let layout = Arc::new(Layout::resolve(&self.config, &plan, &self.params)?);
+        Ok(ResolvedPlan { plan, layout, params: self.params.len() })
+    }
+
+    /// Exchanges this model's plan for `other`, in constant time and without touching a parameter. Heads of groups that the new plan keeps
+    /// stay among the parameters; nothing reads them until the plans are exchanged again.
+    ///
+    /// # Panics
+    /// When `other` was resolved for a model with another number of parameters.
+    pub fn swap_plan(&mut self, other: &mut ResolvedPlan) {
+        assert_eq!(other.params, self.params.len(), "a plan resolved for another model");
+        std::mem::swap(&mut self.plan, &mut other.plan);
+        std::mem::swap(&mut self.layout, &mut other.layout);
     }
 
     /// Sizes of converted groups; `None` when no group is converted.

@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 use weights::RopeScaling;
 
-fn config() -> ModelConfig {
+pub(super) fn config() -> ModelConfig {
     ModelConfig {
         family: Family::Llama,
         vocab: 64,
@@ -24,7 +24,7 @@ fn config() -> ModelConfig {
     }
 }
 
-fn mixer() -> MixerSpec {
+pub(super) fn mixer() -> MixerSpec {
     MixerSpec { recurrent: RecurrentKind::Mamba2, window: 16, sinks: 1, d_state: 8, d_conv: 4 }
 }
 

@@ -121,6 +121,22 @@ proptest! {
         let large = chosen(&select(&config, &scores, &options(high, 0)).unwrap());
         prop_assert!(small.iter().all(|group| large.contains(group)));
     }
+
+    #[test]
+    fn a_plan_at_a_lower_beta_is_the_plan_for_that_beta(
+        low in 0.0f64..=1.0,
+        high in 0.0f64..=1.0,
+        keep in 0usize..3,
+        values in prop::collection::vec(-3i32..3, 12),
+    ) {
+        let config = sized(4, 3);
+        let scores: Vec<Vec<f64>> =
+            values.chunks(3).map(|layer| layer.iter().map(|&v| f64::from(v)).collect()).collect();
+        let possible = (3 - keep) as f64 / 3.0;
+        let (low, high) = (possible * low.min(high), possible * low.max(high));
+        let plan = select(&config, &scores, &options(high, keep)).unwrap();
+        prop_assert_eq!(plan.at_beta(low).unwrap(), select(&config, &scores, &options(low, keep)).unwrap());
+    }
 }
 
 #[test]

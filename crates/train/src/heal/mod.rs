@@ -1,5 +1,6 @@
 //! Stages `distill` and `continue`: end-to-end training of a hybrid against its base, or on next tokens.
 
+mod elastic;
 mod lora;
 mod state;
 mod trainer;
@@ -14,6 +15,7 @@ use crate::error::{Result, TrainError};
 use crate::optim::Schedule;
 use crate::state::{MetricsLog, save_offending_batch};
 use kernels::Exec;
+use model::plan::Elastic;
 use model::{Model, Progress, TokenBatch};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -74,7 +76,9 @@ pub struct HealOptions {
     pub final_lr: f32,
     /// Global gradient clip (0: none).
     pub clip: f32,
-    /// Seed of the LoRA initialisation.
+    /// Shares of KV groups to train for, one per step in rounds of shuffled order; none: the hybrid's own plan in every step.
+    pub elastic: Vec<f64>,
+    /// Seed of the LoRA initialisation and of the order of `elastic`.
     pub seed: u64,
     /// Folder of the training state and `metrics.jsonl`; made when missing.
     pub state_dir: PathBuf,
@@ -103,6 +107,7 @@ impl Default for HealOptions {
             warmup: 10,
             final_lr: 0.1,
             clip: 1.0,
+            elastic: Vec::new(),
             seed: 0,
             state_dir: PathBuf::new(),
             save_every_s: 120,
@@ -129,15 +134,20 @@ pub struct HealMetric {
     pub lr: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
+    /// The budget that the step trained for, in an elastic run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f64>,
     /// Tokens per second.
     pub tokens_per_s: f64,
 }
 
 /// Trains `hybrid` in place (copying what it shares with `base`) and returns the metrics, those before an interruption included. Killed at
-/// any moment and resumed with the hybrid it started from, it ends with the same bits as an uninterrupted run.
+/// any moment and resumed with the hybrid it started from, it ends with the same bits as an uninterrupted run. At the end the hybrid's plan is marked
+/// with the betas that the run trained for, or unmarked when that was the plan's only.
 ///
 /// # Errors
 /// [`TrainError::Argument`] when nothing would train, base and hybrid do not fit, or a setting differs from the resumed run's;
+/// [`TrainError::Model`] for a budget that the hybrid's plan cannot be trained for;
 /// [`TrainError::NonFinite`] with the batch in `nonfinite.json` and the state before it saved (`hybrid` holds it as well);
 /// [`TrainError::Interrupted`] with the state saved; whatever the disk refuses.
 pub fn heal(
@@ -150,6 +160,8 @@ pub fn heal(
 ) -> Result<Vec<HealMetric>> {
     let mut run = Run::start(exec, base, hybrid, data, options, progress)?;
     run.train(hybrid, data, progress)?;
+    hybrid.plan.elastic =
+        (!options.elastic.is_empty()).then(|| Elastic { betas: elastic::sorted(&options.elastic) });
     Ok(run.metrics)
 }
 
@@ -229,11 +241,13 @@ impl<'a> Run<'a> {
                 ce: report.ce,
                 lr,
                 grad_norm: report.grad_norm,
+                beta: report.beta,
                 tokens_per_s: per_step as f64 / began.elapsed().as_secs_f64(),
             };
             self.log.push(&metric)?;
             let kl = metric.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"));
-            progress.advance(per_step, &format!("loss {:.4}{kl}", metric.loss));
+            let beta = metric.beta.map_or(String::new(), |beta| format!(", beta {beta}"));
+            progress.advance(per_step, &format!("loss {:.4}{kl}{beta}", metric.loss));
             self.metrics.push(metric);
             let by_steps = options.save_every_steps.is_some_and(|n| n > 0 && step.is_multiple_of(n));
             let by_time = self.saved_at.elapsed() >= Duration::from_secs(options.save_every_s);

@@ -1,7 +1,7 @@
 //! The state of a healing run on disk: trained values, moments and where the run stands.
 
 use super::trainer::Trainer;
-use super::{HealOptions, Stage};
+use super::{HealOptions, Stage, elastic};
 use crate::data::SequenceStream;
 use crate::error::Result;
 use crate::optim::Moments;
@@ -41,7 +41,7 @@ pub(super) fn settings(
     data: &SequenceStream,
     options: &HealOptions,
 ) -> serde_json::Value {
-    serde_json::json!({
+    let mut settings = serde_json::json!({
         "stage": stage_name(options.stage),
         "trainable": format!("{:?}", options.trainable),
         "tokens": options.tokens,
@@ -58,7 +58,12 @@ pub(super) fn settings(
         "precision": format!("{:?}", exec.precision()),
         "data": data.fingerprint(),
         "hybrid": digest(hybrid),
-    })
+    });
+    // Absent in states of other runs, which may be older than this setting.
+    if !options.elastic.is_empty() {
+        settings["elastic"] = format!("{:?}", elastic::sorted(&options.elastic)).into();
+    }
+    settings
 }
 
 /// Digest of the plan and of the new heads' starting values.

@@ -9,6 +9,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
+mod elastic;
+
 const SEQ: usize = 20;
 const VOCAB: u32 = 60;
 

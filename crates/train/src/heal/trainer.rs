@@ -1,5 +1,6 @@
 //! One optimiser step of end-to-end training: losses, gradients, clipping, update. Knows batches; knows nothing of files or schedules.
 
+use super::elastic::Budgets;
 use super::lora::{Factors, TARGETS};
 use super::{HealOptions, Stage, Trainable};
 use crate::error::{Result, TrainError};
@@ -28,6 +29,8 @@ pub struct StepReport {
     pub ce: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
+    /// The budget that the step trained for, in an elastic run.
+    pub beta: Option<f64>,
 }
 
 /// A parameter that trains as it is.
@@ -35,6 +38,10 @@ pub(super) struct Full {
     pub id: ParamId,
     pub lr_scale: f32,
     pub moments: Moments,
+    /// Layer and group of a new head's tensor.
+    group: Option<(usize, usize)>,
+    /// Updates so far: the steps in which its group, if any, was recurrent.
+    updates: u64,
 }
 
 /// A parameter that trains through a low-rank update.
@@ -57,6 +64,8 @@ pub struct Trainer<'a> {
     clip: f32,
     base_lr_scale: f32,
     steps: u64,
+    /// The budgets of an elastic run.
+    budgets: Option<Budgets>,
     pub(super) full: Vec<Full>,
     pub(super) low_rank: Vec<LowRank>,
     /// W₀ of the low-rank updates, shared with whoever else holds it; nothing without them, since holding it keeps a copy of what trains.
@@ -80,7 +89,8 @@ impl<'a> Trainer<'a> {
     /// Prepares to train what `options.trainable` says; uses its loss, optimiser and seed settings only.
     ///
     /// # Errors
-    /// [`TrainError::Argument`] when nothing would train, or `base` is not a model the hybrid could be made of.
+    /// [`TrainError::Argument`] when nothing would train, or `base` is not a model the hybrid could be made of;
+    /// [`TrainError::Model`] for betas of an elastic run that the hybrid's plan cannot be run at or that leave some of its heads untrained.
     pub fn new(exec: &'a Exec, base: &'a Model, hybrid: &Model, options: &HealOptions) -> Result<Self> {
         let (ours, theirs) = (PlanModel::of(&hybrid.config), PlanModel::of(&base.config));
         if ours != theirs || hybrid.config.vocab != base.config.vocab {
@@ -117,6 +127,12 @@ impl<'a> Trainer<'a> {
                 "nothing to train: the model has no new heads with weights\nhint: train norms, LoRA or everything".into(),
             ));
         }
+        let budgets = Budgets::new(hybrid, &options.elastic, options.seed)?;
+        if options.trainable == Trainable::Heads
+            && let Some(budgets) = &budgets
+        {
+            budgets.check_heads()?;
+        }
         let ids: Vec<ParamId> = full.iter().map(|f| f.id).chain(low_rank.iter().map(|l| l.id)).collect();
         Ok(Self {
             exec,
@@ -130,6 +146,7 @@ impl<'a> Trainer<'a> {
             clip: options.clip,
             base_lr_scale: options.base_lr_scale,
             steps: 0,
+            budgets,
             original: if low_rank.is_empty() { ParamStore::default() } else { hybrid.params.clone() },
             full,
             low_rank,
@@ -147,16 +164,29 @@ impl<'a> Trainer<'a> {
     /// Takes up the count of a saved run, whose tensors the caller has put in place.
     pub(super) fn resume_at(&mut self, hybrid: &mut Model, steps: u64) {
         self.steps = steps;
+        for full in &mut self.full {
+            full.updates = match (&self.budgets, full.group) {
+                (Some(budgets), Some(group)) => budgets.turns(steps, group),
+                _ => steps,
+            };
+        }
         self.merge(hybrid);
     }
 
-    /// One step on the mean loss of `batches` (gradients accumulate over them) with learning rate `lr` for new heads.
+    /// One step on the mean loss of `batches` (gradients accumulate over them) with learning rate `lr` for new heads. In an elastic run the
+    /// hybrid computes under the plan of the step's beta, and heads of groups that this plan keeps do not change, nor do their moments.
     ///
     /// # Errors
     /// [`TrainError::NonFinite`], then `hybrid` is unchanged; [`TrainError::Model`] for tokens the model refuses.
     pub fn step(&mut self, hybrid: &mut Model, batches: &[TokenBatch], lr: f32) -> Result<StepReport> {
-        let report = self.accumulate(hybrid, batches)?;
         let step = self.steps + 1;
+        let swap = |budgets: &mut Option<Budgets>, hybrid: &mut Model| {
+            budgets.iter_mut().for_each(|budgets| budgets.swap(hybrid, step));
+        };
+        swap(&mut self.budgets, hybrid);
+        let report = self.accumulate(hybrid, batches);
+        swap(&mut self.budgets, hybrid);
+        let report = StepReport { beta: self.budgets.as_ref().map(|b| b.beta(step)), ..report? };
         for (what, value) in [("the loss", report.loss), ("the gradient norm", report.grad_norm)] {
             if !value.is_finite() {
                 return Err(TrainError::NonFinite { step, what: what.into() });
@@ -169,8 +199,15 @@ impl<'a> Trainer<'a> {
             step,
             grad_scale: clip_scale(report.grad_norm, self.clip),
         };
-        for Full { id, lr_scale, moments } in &mut self.full {
-            if let Some(grad) = self.grads.get(*id) {
+        let plan = self.budgets.as_ref().map(|budgets| budgets.plan(step));
+        for Full { id, lr_scale, moments, group, updates } in &mut self.full {
+            let active = match (plan, *group) {
+                (Some(plan), Some((layer, group))) => plan.is_converted(layer, group),
+                _ => true,
+            };
+            if let Some(grad) = self.grads.get(*id).filter(|_| active) {
+                *updates += 1;
+                let rule = StepRule { step: *updates, ..rule };
                 rule.apply(self.exec, lr * *lr_scale, grad, hybrid.params.data_mut(*id), moments);
             }
         }
@@ -211,7 +248,7 @@ impl<'a> Trainer<'a> {
                 (f64::from(kl_weight) * kl + f64::from(ce_weight) * ce, Some(kl))
             }
         };
-        Ok(StepReport { loss, kl, ce, grad_norm })
+        Ok(StepReport { loss, kl, ce, grad_norm, beta: None })
     }
 
     /// Forward and backward of one micro-batch; `rows` and `targets` are counts of the whole step. Returns summed KL and summed next-token loss.
@@ -271,7 +308,7 @@ impl<'a> Trainer<'a> {
 
 impl Full {
     fn new(id: ParamId, len: usize, lr_scale: f32) -> Self {
-        Self { id, lr_scale, moments: Moments::zeros(len) }
+        Self { id, lr_scale, moments: Moments::zeros(len), group: None, updates: 0 }
     }
 }
 
@@ -295,7 +332,8 @@ fn head_params(hybrid: &Model, projection_lr_scale: f32) -> Vec<Full> {
                     TensorClass::Projection => projection_lr_scale,
                     TensorClass::New => 1.0,
                 };
-                out.push(Full::new(id, hybrid.params.data(id).len(), scale));
+                let full = Full::new(id, hybrid.params.data(id).len(), scale);
+                out.push(Full { group: Some((layer, group)), ..full });
             }
         }
     }

@@ -169,8 +169,11 @@ impl<'a> Export<'a> {
         if !source.path.is_dir() {
             let bytes = MappedFile::open(&source.path)?;
             for (key, range) in parse(&bytes, &source.path)?.entries {
-                if !NOT_COPIED.contains(&key.as_str()) {
-                    out.copied(&key, &bytes[range]);
+                match &source.plan_json {
+                    // Not the file's when the checkpoint is exported at a lower budget.
+                    Some(plan) if key == own::PLAN_KEY => out.text(own::PLAN_KEY, &plan.to_string()),
+                    _ if NOT_COPIED.contains(&key.as_str()) => {}
+                    _ => out.copied(&key, &bytes[range]),
                 }
             }
             return Ok(());
