@@ -94,7 +94,13 @@ impl TrainExecArgs {
 /// `--data` of the training and evaluation commands.
 #[derive(clap::Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, `english-mixed`, or `self`.
+    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, `english-mixed`, `self`, or
+    /// generated tasks with their answers: `retrieval` (facts hidden in text, lists with lookups, spans that return) and `hashhop`. Several may be
+    /// given; each is read in proportion to the square root of its size.
+    ///
+    /// Generated tasks take parameters: `retrieval:context=1024,tokens=262144,seed=0`,
+    /// `hashhop:hops=1+2,length=6,cot=false,context=1024,tokens=262144,seed=0` (these are the defaults). Every document has `context` tokens, best
+    /// the same as --context; what is held out comes from other random numbers, an eighth as much.
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     pub data: Vec<String>,
 }
@@ -263,6 +269,9 @@ pub fn documents(
         documents.extend(match (source, &tokenizer) {
             (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
             (DataSource::BuiltIn(text), Some(tokenizer)) => data::built_in(text, split, tokenizer, ui)?,
+            (DataSource::Generated(tasks), Some(tokenizer)) => {
+                data::generated(exec, &tasks, arg, split, tokenizer, ui)?
+            }
             (DataSource::SelfSampled, _) => {
                 let defaults = SelfOptions::default();
                 let tokens = defaults.tokens.min(checkpoint.config.max_context);
@@ -275,7 +284,7 @@ pub fn documents(
                 let model = Model::load(checkpoint)?;
                 data::self_sampled(exec, &model, &options, ui)?
             }
-            (DataSource::BuiltIn(text), None) => bail!("{} needs a tokenizer", text.name()),
+            (DataSource::BuiltIn(_) | DataSource::Generated(_), None) => bail!("{arg} needs a tokenizer"),
         });
     }
     data::check_vocab(&documents, checkpoint.config.vocab)?;
@@ -290,7 +299,7 @@ fn needs_tokenizer(source: &DataSource) -> bool {
             let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
             !name.ends_with(".npy")
         }
-        DataSource::BuiltIn(_) => true,
+        DataSource::BuiltIn(_) | DataSource::Generated(_) => true,
         DataSource::SelfSampled => false,
     }
 }

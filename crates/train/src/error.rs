@@ -41,5 +41,14 @@ pub enum TrainError {
     Interrupted,
 }
 
+impl From<tasks::TaskError> for TrainError {
+    fn from(error: tasks::TaskError) -> Self {
+        match error {
+            tasks::TaskError::Weights(error) => error.into(),
+            tasks::TaskError::Argument(reason) => Self::Argument(reason),
+        }
+    }
+}
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, TrainError>;

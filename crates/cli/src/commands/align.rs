@@ -16,9 +16,11 @@ use train::data::{self, SequenceStream, Split};
 /// The bank does not depend on a budget: plans of any beta are made from it. An existing bank is extended with --extend; an
 /// interrupted run goes on with --resume.
 ///
-/// Example:
+/// Examples:
 ///   recurformer align --model smollm2-135m --heads heads.json --data english-small --tokens 65536 \
 ///     --mixer mamba2 --window 16 --out bank.safetensors
+///   recurformer align --model smollm2-135m --heads heads.json --data english-mixed retrieval:context=512 hashhop:context=512 \
+///     --tokens 262144 --context 512 --out bank.safetensors
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {

@@ -11,8 +11,9 @@ use train::data::Split;
 
 /// Measure every attention head: where it looks, and what replacing it would cost.
 ///
-/// Example:
+/// Examples:
 ///   recurformer analyze --model smollm2-135m --data english-small --tokens 8192 --out heads.json --html heads.html
+///   recurformer analyze --model smollm2-135m --data english-mixed retrieval --tokens 16384 --out heads.json
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {

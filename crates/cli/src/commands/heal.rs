@@ -13,9 +13,10 @@ use train::heal::{HealOptions, Stage, Trainable, heal};
 /// `distill` minimises kl-weight × KL(base ‖ hybrid) + ce-weight × next-token loss; `continue` is next-token training only. State is
 /// saved every few minutes in `<out>.train`; after an interruption the same command with --resume ends with the same weights.
 ///
-/// Example:
+/// Examples:
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --stage distill --tokens 32768 --out healed
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --elastic 0.5,0.75,0.9 --out elastic
+///   recurformer heal --model hybrid --base smollm2-135m --data english-mixed retrieval:context=512 --context 512 --out healed
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {

@@ -261,6 +261,9 @@ fn data_that_cannot_be_used() {
     }
     work.fails(1, "eval ppl --model llama3 --data nowhere.txt --context 64", &["nowhere.txt", "hint:"]);
     work.fails(1, "eval ppl --model llama3 --data llama3 --context 64", &["folder"]);
+    for (arg, needle) in [("retrieval:hops=2", "`hops=2` is unknown"), ("hashhop:length=0", "out of range")] {
+        work.fails(1, &format!("eval ppl --model llama3 --data {arg} --context 64"), &[needle, "hint:"]);
+    }
     work.write("few.npy", &npy(&random_tokens(50, 3)));
     work.fails(1, "analyze --model llama3 --data few.npy --context 64 --out x.json", &["50", "hint:"]);
 }

@@ -54,6 +54,30 @@ fn text_goes_through_the_pipeline() {
     work.ok("generate --model healed --prompt whale --max-tokens 4");
 }
 
+#[test]
+fn generated_tasks_are_data_beside_files() {
+    let work = Work::with_text_model("llama3");
+    work.write("train.txt", some_text(120).as_bytes());
+    let data =
+        "--data train.txt retrieval:context=200,tokens=4000 hashhop:context=200,tokens=2000,hops=1,length=3";
+    work.ok(&format!("analyze --model llama3 {data} --tokens 1000 --context 200 --out heads.json"));
+    work.ok(&format!(
+        "align --model llama3 --heads heads.json {data} --tokens 128 --context 32 --measure-tokens 64 --window 4 --out bank.safetensors"
+    ));
+    work.ok(
+        "plan --heads heads.json --bank bank.safetensors --criterion mixer-fisher --beta 0.5 --out plan.json",
+    );
+    work.ok("convert --model llama3 --plan plan.json --bank bank.safetensors --out hybrid");
+    work.ok(&format!("heal --model hybrid --base llama3 {data} --tokens 64 --context 32 --out healed"));
+    let line =
+        "eval ppl --model healed --base llama3 --data retrieval:context=200,tokens=4000 --context 200 --json";
+    let judged = work.ok_json(line);
+    assert_eq!(judged["files"][0]["name"], "retrieval:context=200,tokens=4000");
+    // Three documents are held out; the first token of each is not scored.
+    assert_eq!(judged["overall"]["tokens"], 3 * 199);
+    assert_eq!(judged, work.ok_json(line));
+}
+
 fn sampled(work: &Work, more: &str) -> Value {
     work.ok_json(&format!(
         "generate --model hybrid --prompt whale --max-tokens 40 --temperature 1 --json {more}"

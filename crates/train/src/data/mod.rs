@@ -1,9 +1,11 @@
-//! Text in, token sequences out: files (plain, JSONL with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text.
+//! Text in, token sequences out: files (plain, JSONL with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text,
+//! generated tasks.
 //! Knows formats, documents and splits; knows nothing of losses or training state.
 
 mod brown;
 mod english;
 mod file;
+mod generated;
 mod heldout;
 mod sampled;
 mod stream;
@@ -13,12 +15,14 @@ mod tests;
 
 pub use english::{BuiltIn, built_in};
 pub use file::read_file;
+pub use generated::generated;
 pub use heldout::split_pair;
 pub use sampled::self_sampled;
 pub use stream::SequenceStream;
 
 use crate::error::{Result, TrainError};
 use std::path::{Path, PathBuf};
+use tasks::Generated;
 
 /// A data argument of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +33,8 @@ pub enum DataSource {
     BuiltIn(BuiltIn),
     /// `self`: text sampled from the base model.
     SelfSampled,
+    /// `hashhop` or `retrieval`, with or without parameters (`split` chosen by the caller).
+    Generated(Generated),
 }
 
 /// Which part of a source that is split by document.
@@ -80,18 +86,19 @@ impl Default for SelfOptions {
 }
 
 impl DataSource {
-    /// Decides what `arg` names: an existing path, then a built-in text or `self`; anything else is an error.
+    /// Decides what `arg` names: an existing path, then a built-in text, `self` or generated tasks; anything else is an error.
     pub fn parse(arg: &str) -> Result<Self> {
         let built_in = BuiltIn::ALL.into_iter().find(|text| text.name() == arg);
         match (arg, built_in) {
             _ if Path::new(arg).is_file() => Ok(Self::File(PathBuf::from(arg))),
             (_, Some(text)) => Ok(Self::BuiltIn(text)),
             ("self", _) => Ok(Self::SelfSampled),
+            _ if let Some(source) = Generated::parse(arg)? => Ok(Self::Generated(source)),
             _ if Path::new(arg).is_dir() => Err(TrainError::Argument(format!(
                 "data `{arg}` is a folder\nhint: name its files one by one"
             ))),
             _ => Err(TrainError::Argument(format!(
-                "data `{arg}` is no file and no built-in source\nhint: built-in are `english-small`, `english-mixed` and `self`"
+                "data `{arg}` is no file and no built-in source\nhint: built-in are `english-small`, `english-mixed`, `self`, `hashhop` and `retrieval`"
             ))),
         }
     }

@@ -1,0 +1,27 @@
+//! Random streams, one per purpose, seed and number, so that no text of one purpose is drawn like one of another.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// What is drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Documents to train on.
+    Train = 1,
+    /// Documents held out.
+    Heldout = 2,
+    /// HashHop prompts to test with.
+    HashHop = 3,
+}
+
+/// The stream of number `index` (below 2^56).
+pub fn stream(purpose: Purpose, seed: u64, index: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(((purpose as u64) << 56) | index);
+    rng
+}
+
+/// One of `items`.
+pub fn one_of<'a, T: ?Sized>(rng: &mut impl Rng, items: &[&'a T]) -> &'a T {
+    items[rng.random_range(0..items.len())]
+}

@@ -1,0 +1,16 @@
+//! Generated long-range tasks, sized in tokens of a model's tokenizer: prompts with answers to test with, documents to train on.
+//! Knows text and tokenizers; knows nothing of models or scores.
+#![forbid(unsafe_code)]
+
+mod draw;
+pub mod error;
+pub mod hashhop;
+mod retrieval;
+mod sizing;
+mod source;
+#[cfg(test)]
+mod testing;
+mod text;
+
+pub use error::{Result, TaskError};
+pub use source::{Generated, Kind, Part};
