@@ -249,10 +249,12 @@ fn needs_tokenizer(source: &DataSource) -> bool {
     }
 }
 
-/// `tokens / context` sequences (at least one) drawn from the documents.
+/// The pieces of `tokens / context` items (at least one) drawn from the documents, each a sequence of one document; single tokens, which predict
+/// nothing, are left out.
 pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
     let mut stream = SequenceStream::new(documents, context, seed)?;
-    Ok((0..(tokens / context).max(1)).map(|_| stream.next_sequence()).collect())
+    let pieces = stream.next_batch((tokens / context).max(1));
+    Ok(pieces.iter().filter(|piece| piece.len() >= 2).map(<[u32]>::to_vec).collect())
 }
 
 /// Fails early when a context is longer than the model's.
