@@ -92,7 +92,7 @@ impl TrainExecArgs {
 /// `--data` of the training and evaluation commands.
 #[derive(clap::Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, `english-mixed`, or `self`.
+    /// Text files (plain, JSONL with `text`; .gz and .zst of both), parquet files with a string column `text`, .npy files of int32 token ids, `english-small`, `english-mixed`, or `self`.
     #[arg(long, num_args = 1.., required = true, value_name = "FILE")]
     pub data: Vec<String>,
 }
@@ -215,7 +215,7 @@ pub fn documents(
             tokenizer = Some(checkpoint.tokenizer()?);
         }
         documents.extend(match (source, &tokenizer) {
-            (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
+            (DataSource::File(path), tokenizer) => data::read_file(exec, &path, tokenizer.as_ref(), ui)?,
             (DataSource::BuiltIn(text), Some(tokenizer)) => data::built_in(text, split, tokenizer, ui)?,
             (DataSource::SelfSampled, _) => {
                 let defaults = SelfOptions::default();

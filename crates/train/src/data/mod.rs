@@ -1,12 +1,15 @@
-//! Text in, token sequences out: files (plain, JSONL with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text.
+//! Text in, token sequences out: files (plain, JSONL and parquet with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text.
 //! Knows formats, documents and splits; knows nothing of losses or training state.
 
 mod brown;
 mod english;
 mod file;
 mod heldout;
+mod npy;
+mod parquet_file;
 mod sampled;
 mod stream;
+mod text;
 
 #[cfg(test)]
 mod tests;

@@ -1,19 +1,27 @@
 //! Formats, splits and the stream, on files made here.
 
-use super::file::{cut_point, read_with};
+use super::file::read_with;
+use super::text::cut_point;
 use super::*;
+use kernels::Exec;
 use model::Silent;
 use proptest::prelude::*;
 use std::fs;
 use std::io::Write;
+
+mod pieces;
 
 /// One token per byte, so that nothing can hide.
 fn bytes(text: &str) -> Result<Vec<u32>> {
     Ok(text.bytes().map(u32::from).collect())
 }
 
+fn exec() -> Exec {
+    Exec::new(2).unwrap()
+}
+
 fn read(path: &Path) -> Result<Vec<Document>> {
-    read_with(path, Some(&bytes), &mut Silent)
+    read_with(&exec(), path, Some(&bytes), &mut Silent)
 }
 
 fn text_of(document: &Document) -> String {
@@ -132,10 +140,10 @@ fn npy_holds_one_document_per_row() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("t.npy");
     fs::write(&path, npy("<i4", false, "(5,)", &ids(&[1, 2, 3, 4, 5]))).unwrap();
-    let documents = read_file(&path, None, &mut Silent).unwrap();
+    let documents = read_file(&exec(), &path, None, &mut Silent).unwrap();
     assert_eq!(documents.iter().map(|d| d.tokens.clone()).collect::<Vec<_>>(), [[1, 2, 3, 4, 5]]);
     fs::write(&path, npy("<i4", false, "(2, 3)", &ids(&[1, 2, 3, 4, 5, 6]))).unwrap();
-    let documents = read_file(&path, None, &mut Silent).unwrap();
+    let documents = read_file(&exec(), &path, None, &mut Silent).unwrap();
     assert_eq!(documents.iter().map(|d| d.tokens.clone()).collect::<Vec<_>>(), [[1, 2, 3], [4, 5, 6]]);
     assert!(check_vocab(&documents, 7).is_ok());
     let error = check_vocab(&documents, 6).unwrap_err().to_string();
@@ -162,7 +170,7 @@ fn bad_npy_files_are_errors() {
         (b"text".to_vec(), "malformed npy"),
     ] {
         fs::write(&path, content).unwrap();
-        let error = read_file(&path, None, &mut Silent).unwrap_err().to_string();
+        let error = read_file(&exec(), &path, None, &mut Silent).unwrap_err().to_string();
         assert!(error.contains(expected), "expected {expected}: {error}");
     }
 }
@@ -185,7 +193,7 @@ fn missing_empty_and_broken_files_are_errors() {
     assert!(read(&dir.path().join("none.txt")).is_err());
     let path = dir.path().join("a.txt");
     fs::write(&path, "words").unwrap();
-    assert!(read_file(&path, None, &mut Silent).unwrap_err().to_string().contains("tokenizer"));
+    assert!(read_file(&exec(), &path, None, &mut Silent).unwrap_err().to_string().contains("tokenizer"));
 }
 
 #[test]
