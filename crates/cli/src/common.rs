@@ -94,8 +94,8 @@ impl TrainExecArgs {
 /// `--data` of the training and evaluation commands.
 #[derive(clap::Args, Clone, Debug)]
 pub struct DataArgs {
-    /// Text files (plain, JSONL with `text`; .gz and .zst of both), .npy files of int32 token ids, `english-small`, `english-mixed`, `self`, or
-    /// generated tasks with their answers: `retrieval` (facts hidden in text, lists with lookups, spans that return) and `hashhop`. Several may be
+    /// Text files (plain, JSONL with `text`; .gz and .zst of both), parquet files with a string column `text`, .npy files of int32 token ids,
+    /// `english-small`, `english-mixed`, `self`, or generated tasks with their answers: `retrieval` (facts hidden in text, lists with lookups, spans that return) and `hashhop`. Several may be
     /// given; each is read in proportion to the square root of its size.
     ///
     /// Generated tasks take parameters: `retrieval:context=1024,tokens=262144,seed=0`,
@@ -267,7 +267,7 @@ pub fn documents(
             tokenizer = Some(checkpoint.tokenizer()?);
         }
         documents.extend(match (source, &tokenizer) {
-            (DataSource::File(path), tokenizer) => data::read_file(&path, tokenizer.as_ref(), ui)?,
+            (DataSource::File(path), tokenizer) => data::read_file(exec, &path, tokenizer.as_ref(), ui)?,
             (DataSource::BuiltIn(text), Some(tokenizer)) => data::built_in(text, split, tokenizer, ui)?,
             (DataSource::Generated(tasks), Some(tokenizer)) => {
                 data::generated(exec, &tasks, arg, split, tokenizer, ui)?
@@ -304,10 +304,12 @@ fn needs_tokenizer(source: &DataSource) -> bool {
     }
 }
 
-/// `tokens / context` sequences (at least one) drawn from the documents.
+/// The pieces of `tokens / context` items (at least one) drawn from the documents, each a sequence of one document; single tokens, which predict
+/// nothing, are left out.
 pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
     let mut stream = SequenceStream::new(documents, context, seed)?;
-    Ok((0..(tokens / context).max(1)).map(|_| stream.next_sequence()).collect())
+    let pieces = stream.next_batch((tokens / context).max(1));
+    Ok(pieces.iter().filter(|piece| piece.len() >= 2).map(<[u32]>::to_vec).collect())
 }
 
 /// Fails early when a context is longer than the model's.

@@ -45,9 +45,9 @@ fn of_train(error: &TrainError) -> Option<&'static str> {
         TrainError::Model(error) => of_model(error),
         TrainError::Weights(error) => of_weights(error),
         TrainError::Surgery(error) => of_surgery(error),
-        TrainError::File { .. } => {
-            Some("give UTF-8 text, JSONL with a `text` field, or .npy files of int32 token ids")
-        }
+        TrainError::File { .. } => Some(
+            "give UTF-8 text, JSONL with a `text` field, parquet with a string column `text`, or .npy files of int32 token ids",
+        ),
         TrainError::Data(_) => Some("token ids must come from this model's own tokenizer"),
         TrainError::Argument(_) => Some(OPTIONS),
         TrainError::NonFinite { .. } | TrainError::Interrupted => None,

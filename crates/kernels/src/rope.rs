@@ -41,7 +41,7 @@ pub fn rope(
     let width = x.len() / seq_len;
     TABLE.with_borrow_mut(|slot| {
         let known = slot.as_ref().is_some_and(|(table, start)| {
-            table.inv_freq == inv_freq && *start == pos0 && table.rows == seq_len
+            table.inv_freq == inv_freq && *start == pos0 && table.rows >= seq_len
         });
         if !known {
             let mut table = RopeTable::new(inv_freq);
@@ -54,7 +54,8 @@ pub fn rope(
 }
 
 thread_local! {
-    /// The last table that [`rope`] used on this thread, and its first position: every layer and head of a pass asks for the same.
+    /// The last table that [`rope`] made on this thread, and its first position: every layer and head of a pass asks for the same or for
+    /// fewer rows.
     static TABLE: RefCell<Option<(RopeTable, usize)>> = const { RefCell::new(None) };
 }
 
@@ -126,9 +127,11 @@ impl RopeTable {
     /// Rotates `x` `[rows, n_heads · head_dim]` in place, row `t` by the table's row `t`. Panics when the sizes do not
     /// fit.
     pub fn rotate(&self, exec: &Exec, x: MatMut<'_>, head_dim: usize) {
+        assert_eq!(x.rows(), self.rows, "rope table: rows");
         self.turn(exec, x, head_dim, Rotation::Forward);
     }
 
+    /// [`rotate`](Self::rotate) in either direction, of up to as many rows as the table has.
     fn turn(&self, exec: &Exec, mut x: MatMut<'_>, head_dim: usize, rotation: Rotation) {
         /// Below this many values waking another thread costs more than it gains.
         const MIN_PARALLEL_VALUES: usize = 32 * 1024;
@@ -137,7 +140,6 @@ impl RopeTable {
         let half = self.inv_freq.len();
         assert_eq!(head_dim, 2 * half, "rope table: head_dim");
         let (rows, cols) = (x.rows(), x.cols());
-        assert_eq!(rows, self.rows, "rope table: rows");
         assert!(cols.is_multiple_of(head_dim.max(1)), "{cols} columns are not heads of {head_dim}");
         if rows == 0 || cols == 0 {
             return;

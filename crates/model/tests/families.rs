@@ -48,7 +48,7 @@ impl Golden {
     }
     fn batch(&self) -> TokenBatch {
         let rows: Vec<Vec<u32>> = serde_json::from_value(self.facts["tokens"].clone()).unwrap();
-        TokenBatch { sequences: rows.len(), seq_len: rows[0].len(), tokens: rows.concat() }
+        rows.iter().map(Vec::as_slice).collect()
     }
 }
 
@@ -94,8 +94,8 @@ fn logits_match_transformers() {
         check_within(&format!("{family}, batch"), &model.logits(&exec, &hidden), &expected, limit);
 
         let engine = Engine::from_model(&exec, &model, EngineOptions::EXACT).unwrap();
-        let per_sequence = expected.len() / batch.sequences;
-        let sequences = batch.tokens.chunks(batch.seq_len).zip(expected.chunks(per_sequence));
+        let per_sequence = expected.len() / batch.sequences();
+        let sequences = batch.iter().zip(expected.chunks(per_sequence));
         for (tokens, expected) in sequences {
             let mut cache = engine.new_cache();
             let found = engine.forward(&exec, tokens, &mut cache, LogitRows::All).unwrap();
@@ -117,12 +117,12 @@ fn loss_and_gradients(exec: &Exec, model: &Model, batch: &TokenBatch) -> (f64, G
     let mut tape = Tape::default();
     let hidden = model.forward_batch(exec, batch, &mut NoObserver, Some(&mut tape)).unwrap();
     let logits = model.logits(exec, &hidden);
-    let mut targets = Vec::with_capacity(batch.tokens.len());
-    for tokens in batch.tokens.chunks(batch.seq_len) {
+    let mut targets = Vec::with_capacity(batch.rows());
+    for tokens in batch.iter() {
         targets.extend_from_slice(&tokens[1..]);
         targets.push(u32::MAX); // nothing follows the last token
     }
-    let scored = (batch.sequences * (batch.seq_len - 1)) as f64;
+    let scored = (batch.rows() - batch.sequences()) as f64;
     let (mut nll, mut dlogits) = (vec![0.0; targets.len()], vec![0.0; logits.len()]);
     let weight = (1.0 / scored) as f32;
     cross_entropy(exec, &logits, model.config.vocab, &targets, weight, &mut nll, Some(&mut dlogits));

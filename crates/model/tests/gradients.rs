@@ -24,7 +24,7 @@ const SEQUENCES: usize = 2;
 const SEQ_LEN: usize = 11;
 
 fn batch() -> TokenBatch {
-    TokenBatch { sequences: SEQUENCES, seq_len: SEQ_LEN, tokens: tokens(SEQUENCES * SEQ_LEN, 11) }
+    TokenBatch::equal(SEQ_LEN, tokens(SEQUENCES * SEQ_LEN, 11))
 }
 
 fn targets() -> Vec<u32> {
@@ -168,7 +168,7 @@ fn threads_and_reused_tapes_change_nothing() {
             let ids = all_params(&model);
             let expected = gradients(&exec, &model, &ids);
             let mut tape = Tape::default();
-            let other = TokenBatch { sequences: 3, seq_len: 20, tokens: tokens(60, 3) };
+            let other = TokenBatch::equal(20, tokens(60, 3));
             model.forward_batch(&exec, &other, &mut NoObserver, Some(&mut tape)).unwrap();
             let reused = gradients_of(&exec, &model, &ids, &mut tape, &mut NoObserver, false);
             let alone = gradients(&one, &model, &ids);

@@ -53,7 +53,7 @@ fn full_is_chunked_is_token_by_token_is_batched() {
                 assert_eq!(cache.len(), TOKENS);
                 assert_eq!(cache.bytes(), engine.cache_bytes(TOKENS), "{name}");
             }
-            let batch = TokenBatch { sequences: 1, seq_len: TOKENS, tokens };
+            let batch = TokenBatch::one(&tokens);
             let exec = exec();
             let hidden = model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap();
             let error = relative_error(&model.logits(&exec, &hidden), &expected);
@@ -68,7 +68,7 @@ fn a_batch_is_its_sequences() {
         for (name, model) in all_models(&config) {
             let exec = exec();
             let tokens = tokens(3 * 19, 8);
-            let batch = TokenBatch { sequences: 3, seq_len: 19, tokens: tokens.clone() };
+            let batch = TokenBatch::equal(19, tokens.clone());
             let hidden = model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap();
             let logits = model.logits(&exec, &hidden);
             for (s, tokens) in tokens.chunks(19).enumerate() {
@@ -325,7 +325,7 @@ fn bad_input_changes_nothing() {
     engine.forward(&exec, &[1; 11], &mut cache, LogitRows::None).unwrap();
     assert_eq!(cache.len(), 211);
 
-    let batch = |seq_len: usize, token| TokenBatch { sequences: 1, seq_len, tokens: vec![token; seq_len] };
+    let batch = |seq_len: usize, token| TokenBatch::one(&vec![token; seq_len]);
     let run = |batch| model.forward_batch(&exec, &batch, &mut NoObserver, None);
     assert!(matches!(run(batch(301, 0)), Err(ModelError::Context { requested: 301, limit: 300 })));
     assert!(matches!(run(batch(2, 99)), Err(ModelError::Token { token: 99, position: 0, .. })));
@@ -397,7 +397,7 @@ fn the_engine_shows_what_the_batched_pass_shows() {
     for config in configs() {
         for (name, model) in all_models(&config) {
             let (exec, engine) = (exec(), engine_of(&model));
-            let batch = TokenBatch { sequences: 3, seq_len: 19, tokens: tokens(3 * 19, 8) };
+            let batch = TokenBatch::equal(19, tokens(3 * 19, 8));
             let (mut want, mut got) = (Seen::default(), Seen::default());
             let want_hidden = model.forward_batch(&exec, &batch, &mut want, None).unwrap();
             let hidden = engine.observe(&exec, &batch, &mut |l, x, out| got.push(l, x, out)).unwrap();
@@ -408,7 +408,7 @@ fn the_engine_shows_what_the_batched_pass_shows() {
                 let error = relative_error(got, want);
                 assert!(error < ORDER_TOLERANCE, "{name}, {what}: {error:e}");
             }
-            let bad = TokenBatch { sequences: 1, seq_len: 2, tokens: vec![0, VOCAB as u32] };
+            let bad = TokenBatch::one(&[0, VOCAB as u32]);
             let refused = engine.observe(&exec, &bad, &mut |_, _, _| panic!("nothing runs"));
             assert!(matches!(refused, Err(ModelError::Token { position: 1, .. })), "{name}");
         }

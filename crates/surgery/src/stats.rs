@@ -152,7 +152,7 @@ pub fn analyze(
         if progress.cancelled() {
             return Err(SurgeryError::Interrupted);
         }
-        model.forward_batch(exec, &one_sequence(sequence), &mut observer, None)?;
+        model.forward_batch(exec, &TokenBatch::one(sequence), &mut observer, None)?;
         progress.advance(sequence.len() as u64, "");
     }
     progress.finish();
@@ -230,10 +230,6 @@ pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<(
         )));
     }
     Ok(())
-}
-
-pub(crate) fn one_sequence(tokens: &[u32]) -> TokenBatch {
-    TokenBatch { sequences: 1, seq_len: tokens.len(), tokens: tokens.to_vec() }
 }
 
 fn tokens_sha256(sequences: &[Vec<u32>]) -> String {

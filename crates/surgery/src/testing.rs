@@ -69,7 +69,7 @@ pub fn spec(recurrent: RecurrentKind, window: usize) -> MixerSpec {
 
 pub fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let exec = exec();
-    let batch = TokenBatch { sequences: 1, seq_len: tokens.len(), tokens: tokens.to_vec() };
+    let batch = TokenBatch::one(tokens);
     let hidden = model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap();
     model.logits(&exec, &hidden)
 }

@@ -33,7 +33,7 @@ const NORM_TOLERANCE: f64 = 1e-4;
 const LOGIT_TOLERANCE: f32 = 2e-3;
 
 fn batch(sequences: &[Vec<u32>]) -> TokenBatch {
-    TokenBatch { sequences: sequences.len(), seq_len: sequences[0].len(), tokens: sequences.concat() }
+    sequences.iter().map(Vec::as_slice).collect()
 }
 
 #[test]

@@ -35,7 +35,7 @@ pub struct Args {
     /// Tokens to train on in this run.
     #[arg(long, default_value_t = 65_536)]
     tokens: u64,
-    /// Tokens per sequence.
+    /// Tokens of a training item: a window of a long document, or several short ones, each a sequence of its own.
     #[arg(long, default_value_t = 512)]
     context: usize,
     /// Recurrent part of the replacement.

@@ -25,7 +25,7 @@ pub struct Args {
     /// Tokens to measure on.
     #[arg(long, default_value_t = 8192)]
     tokens: usize,
-    /// Tokens per sequence.
+    /// Most tokens of a sequence; shorter documents are sequences of their own.
     #[arg(long, default_value_t = 1024)]
     context: usize,
     /// Criteria to score, comma-separated.

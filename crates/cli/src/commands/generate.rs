@@ -3,6 +3,7 @@
 use crate::common::{EngineArgs, ExecArgs, Running, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
+use kernels::Exec;
 use model::generate::{Finish, GenerateLimits, generate};
 use model::{EngineOptions, Sampler, SamplerOptions};
 use serde_json::json;
@@ -93,7 +94,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let mut sampler = args.sampling.sampler()?;
     let running = args.engine.run(&args.model, EngineOptions::default(), &exec, ui)?;
     let model = &running.engine;
-    let (prompt, tokenizer) = prompt(args, &running, ui)?;
+    let (prompt, tokenizer) = prompt(args, &running, &exec, ui)?;
     let mut cache = model.new_cache();
     let mut history = Vec::new();
     let mut text = tokenizer.as_ref().map(|tokenizer| StopStream::new(tokenizer, &args.sampling.stop));
@@ -147,11 +148,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
 }
 
 /// The prompt's token ids, and the tokenizer: none when it is missing and neither the prompt nor the output is text.
-fn prompt(args: &Args, running: &Running, ui: &mut Ui) -> Result<(Vec<u32>, Option<Tokenizer>)> {
+fn prompt(args: &Args, running: &Running, exec: &Exec, ui: &mut Ui) -> Result<(Vec<u32>, Option<Tokenizer>)> {
     let ids = match (&args.tokens, &args.prompt_file) {
         (Some(tokens), _) => Some(tokens.clone()),
         (_, Some(path)) if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy")) => {
-            let documents = train::data::read_file(path, None, ui)?;
+            let documents = train::data::read_file(exec, path, None, ui)?;
             train::data::check_vocab(&documents, running.engine.config.vocab)?;
             Some(documents.into_iter().flat_map(|d| d.tokens).collect())
         }

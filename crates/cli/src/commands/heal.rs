@@ -34,7 +34,7 @@ pub struct Args {
     /// Tokens to train on.
     #[arg(long, default_value_t = 32_768)]
     tokens: u64,
-    /// Tokens per sequence.
+    /// Tokens of a training item: a window of a long document, or several short ones, each a sequence of its own.
     #[arg(long, default_value_t = 512)]
     context: usize,
     /// Sequences per micro-batch.

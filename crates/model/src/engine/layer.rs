@@ -72,8 +72,6 @@ pub(super) struct Pass<'a> {
     pub config: &'a ModelConfig,
     pub head: Option<HeadLayout>,
     pub inv_freq: &'a [f64],
-    /// Rows of each sequence.
-    pub seq: usize,
 }
 
 impl Layer {
@@ -132,9 +130,9 @@ impl Layer {
     /// Attention of the kept groups into their columns of `ws.heads`.
     fn attend(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
         let Some(kept) = &self.kept else { return };
-        let Pass { exec, config, seq, .. } = *pass;
+        let Pass { exec, config, .. } = *pass;
         let head_dim = config.head_dim;
-        let rows = memories.len() * seq;
+        let rows = ws.positions.len();
         let width = config.heads * head_dim;
         for (block, norm) in [(kept.q, &self.q_norm), (kept.k, &self.k_norm)] {
             let stride = self.segments[block.segment].weight.rows();
@@ -146,19 +144,19 @@ impl Layer {
         }
         let view = |block: Block, s: usize| {
             let stride = self.segments[block.segment].weight.rows();
-            MatRef::new(
-                &ws.projected[block.segment][s * seq * stride + block.column..],
-                seq,
-                block.width,
-                stride,
-            )
+            let rows = ws.starts[s]..ws.starts[s + 1];
+            let values = &ws.projected[block.segment][rows.start * stride + block.column..];
+            MatRef::new(values, rows.len(), block.width, stride)
         };
         for (s, memory) in memories.iter_mut().enumerate() {
             let kv = memory.kv.as_mut().expect("a layer with kept groups has keys and values");
             kv.append(exec, view(kept.k, s), view(kept.v, s));
         }
         let mut jobs: SmallVec<[AttendJob<'_>; 4]> = SmallVec::new();
-        for ((s, memory), out) in memories.iter().enumerate().zip(ws.heads.chunks_mut(seq * width)) {
+        let mut heads = ws.heads.as_mut_slice();
+        for (s, memory) in memories.iter().enumerate() {
+            let seq = ws.starts[s + 1] - ws.starts[s];
+            let out = heads.split_off_mut(..seq * width).expect("rows of all sequences");
             jobs.push(AttendJob {
                 store: memory.kv.as_ref().expect("appended to above"),
                 q: view(kept.q, s),
@@ -173,10 +171,11 @@ impl Layer {
     /// The converted groups into their columns of `ws.heads`.
     fn recur(&self, pass: &Pass<'_>, ws: &mut Workspace, memories: &mut [&mut LayerCache]) {
         let Some(layout) = pass.head.filter(|_| !self.converted.is_empty()) else { return };
-        let Pass { exec, config, seq, .. } = *pass;
+        let Pass { exec, config, .. } = *pass;
         let (width, per_group) = (config.heads * config.head_dim, layout.d_inner());
         self.rotate_windows(pass, &layout, ws);
-        if seq == 1 && self.converted.iter().all(|group| group.step.is_some()) {
+        // No sequence is without rows.
+        if ws.positions.len() == memories.len() && self.converted.iter().all(|group| group.step.is_some()) {
             return self.step(pass, &layout, ws, memories);
         }
         let rotated_width = layout.rotated_width();
@@ -189,10 +188,11 @@ impl Layer {
         }
         let inner = if jobs.len() == 1 { exec.clone() } else { exec.single() };
         let outputs = exec.parallel_map_items(jobs, |_, (i, group, s, cache)| {
-            let mut inputs =
-                HeadInputs::from_projections(&layout, |b| self.columns(group.blocks[b], s, seq, ws));
+            let rows = ws.rows(s);
+            let seq = rows.len();
+            let mut inputs = HeadInputs::from_projections(&layout, |b| self.columns(group.blocks[b], s, ws));
             if rotated_width > 0 {
-                let rows = &ws.rotated[s * seq * stride..(s + 1) * seq * stride];
+                let rows = &ws.rotated[rows.start * stride..rows.end * stride];
                 let columns = |start, width| dense(rows, stride, i * rotated_width + start, width);
                 inputs = inputs.with_rotated(columns(0, per_group), columns(per_group, config.head_dim));
             }
@@ -208,7 +208,8 @@ impl Layer {
             (group.group, s, y)
         });
         for (group, s, y) in outputs {
-            let rows = ws.heads[s * seq * width..(s + 1) * seq * width].chunks_exact_mut(width);
+            let rows = ws.rows(s);
+            let rows = ws.heads[rows.start * width..rows.end * width].chunks_exact_mut(width);
             for (out, y) in rows.zip(y.chunks_exact(per_group)) {
                 out[group * per_group..][..per_group].copy_from_slice(y);
             }
@@ -304,9 +305,9 @@ impl Layer {
     }
 
     /// A block of sequence `s`, dense `[seq, width]`.
-    fn columns(&self, block: Block, s: usize, seq: usize, ws: &Workspace) -> Vec<f32> {
-        let stride = self.segments[block.segment].weight.rows();
-        let rows = &ws.projected[block.segment][s * seq * stride..(s + 1) * seq * stride];
+    fn columns(&self, block: Block, s: usize, ws: &Workspace) -> Vec<f32> {
+        let (stride, rows) = (self.segments[block.segment].weight.rows(), ws.rows(s));
+        let rows = &ws.projected[block.segment][rows.start * stride..rows.end * stride];
         dense(rows, stride, block.column, block.width)
     }
 

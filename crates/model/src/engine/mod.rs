@@ -186,7 +186,7 @@ impl Engine {
         let chunks = tokens.chunks(self.chunk);
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
-            self.append(exec, chunk, &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
+            self.append(exec, chunk, &[chunk.len()], &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
             let d_model = self.config.d_model;
             let skipped = match rows {
                 LogitRows::All => 0,
@@ -209,7 +209,7 @@ impl Engine {
         let mut ws = self.workspace();
         let mut hidden = Vec::with_capacity(tokens.len() * self.config.d_model);
         for chunk in tokens.chunks(self.chunk) {
-            self.append(exec, chunk, &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
+            self.append(exec, chunk, &[chunk.len()], &mut [&mut *cache], &mut ws, &mut |_, _, _| {});
             hidden.extend(self.final_norm(exec, &ws));
         }
         self.give_back(ws);
@@ -252,7 +252,8 @@ impl Engine {
         let mut logits = Vec::new();
         if !tokens.is_empty() {
             let mut ws = self.workspace();
-            self.append(exec, tokens, caches, &mut ws, &mut |_, _, _| {});
+            let lens = SmallVec::<[usize; 8]>::from_elem(1, tokens.len());
+            self.append(exec, tokens, &lens, caches, &mut ws, &mut |_, _, _| {});
             self.project_out(exec, 0, &mut ws, &mut logits);
             self.give_back(ws);
         }
@@ -265,25 +266,22 @@ impl Engine {
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    ///
-    /// # Panics
-    /// When `batch.tokens` does not have `sequences · seq_len` ids.
     pub fn observe(
         &self,
         exec: &Exec,
         batch: &TokenBatch,
         show: &mut dyn FnMut(usize, MatRef<'_>, MatRef<'_>),
     ) -> Result<Vec<f32>> {
-        assert_eq!(batch.tokens.len(), batch.rows(), "tokens of {} sequences", batch.sequences);
-        let mut caches: Vec<Cache> = (0..batch.sequences).map(|_| self.new_cache()).collect();
-        for (tokens, cache) in batch.tokens.chunks(batch.seq_len.max(1)).zip(&caches) {
+        let lens: Vec<usize> = batch.ranges().map(|range| range.len()).filter(|&len| len > 0).collect();
+        let mut caches: Vec<Cache> = lens.iter().map(|_| self.new_cache()).collect();
+        for (tokens, cache) in batch.iter().filter(|tokens| !tokens.is_empty()).zip(&caches) {
             self.check_append(tokens, cache)?;
         }
-        if batch.tokens.is_empty() {
+        if lens.is_empty() {
             return Ok(Vec::new());
         }
         let mut ws = self.workspace();
-        self.append(exec, &batch.tokens, &mut caches.iter_mut().collect::<Vec<_>>(), &mut ws, show);
+        self.append(exec, batch.tokens(), &lens, &mut caches.iter_mut().collect::<Vec<_>>(), &mut ws, show);
         let hidden = self.final_norm(exec, &ws);
         self.give_back(ws);
         Ok(hidden)
@@ -303,30 +301,37 @@ impl Engine {
         }
     }
 
-    /// Appends the same number of tokens to every sequence (`tokens` holds them sequence after sequence); the residual stream after the last
-    /// layer is left in `ws.h`. Everything was checked.
+    /// Appends `lens[i]` tokens, at least one, to the sequence of `caches[i]` (`tokens` holds them sequence after sequence); the residual stream
+    /// after the last layer is left in `ws.h`. Everything was checked.
     fn append(
         &self,
         exec: &Exec,
         tokens: &[u32],
+        lens: &[usize],
         caches: &mut [&mut Cache],
         ws: &mut Workspace,
         show: &mut dyn FnMut(usize, MatRef<'_>, MatRef<'_>),
     ) {
-        let (d_model, seq) = (self.config.d_model, tokens.len() / caches.len());
+        let d_model = self.config.d_model;
         ws.h.resize(tokens.len() * d_model, 0.0);
         for (&token, row) in tokens.iter().zip(ws.h.chunks_exact_mut(d_model)) {
             self.embed.row_f32(token as usize, row);
         }
         ws.positions.clear();
-        ws.positions.extend(caches.iter().flat_map(|cache| cache.len..cache.len + seq));
-        ws.rope.set_positions(exec, &ws.positions);
-        if seq > 1 {
-            let layers = caches.iter_mut().flat_map(|cache| &mut cache.layers);
-            let stores: Vec<_> = layers.filter_map(|layer| layer.kv.as_mut()).collect();
-            exec.parallel_items(stores, |_, store| store.reserve(seq));
+        ws.starts.clear();
+        ws.starts.push(0);
+        for (cache, len) in caches.iter().zip(lens) {
+            ws.positions.extend(cache.len..cache.len + len);
+            ws.starts.push(ws.positions.len());
         }
-        let pass = Pass { exec, config: &self.config, head: self.head, inv_freq: &self.inv_freq, seq };
+        ws.rope.set_positions(exec, &ws.positions);
+        if tokens.len() > caches.len() {
+            let stores = caches.iter_mut().zip(lens).flat_map(|(cache, &rows)| {
+                cache.layers.iter_mut().filter_map(move |layer| layer.kv.as_mut().map(|kv| (kv, rows)))
+            });
+            exec.parallel_items(stores.collect(), |_, (store, rows)| store.reserve(rows));
+        }
+        let pass = Pass { exec, config: &self.config, head: self.head, inv_freq: &self.inv_freq };
         for (l, layer) in self.layers.iter().enumerate() {
             let mut memories: SmallVec<[_; 4]> =
                 caches.iter_mut().map(|cache| &mut cache.layers[l]).collect();
@@ -338,8 +343,8 @@ impl Engine {
             );
             layer.finish(&pass, ws);
         }
-        for cache in caches.iter_mut() {
-            cache.len += seq;
+        for (cache, len) in caches.iter_mut().zip(lens) {
+            cache.len += len;
         }
     }
 

@@ -4,6 +4,7 @@ use crate::mixers::StepScratch;
 use kernels::kv::AttendScratch;
 use kernels::packed::Input;
 use kernels::rope::RopeTable;
+use std::ops::Range;
 
 /// Every activation that is alive within a pass.
 pub(super) struct Workspace {
@@ -25,11 +26,18 @@ pub(super) struct Workspace {
     pub normed: [Vec<f32>; 2],
     /// Position of every row.
     pub positions: Vec<usize>,
+    /// First row of every sequence, and then the number of rows.
+    pub starts: Vec<usize>,
     pub rope: RopeTable,
     pub attend: AttendScratch,
 }
 
 impl Workspace {
+    /// Rows of sequence `s`.
+    pub fn rows(&self, s: usize) -> Range<usize> {
+        self.starts[s]..self.starts[s + 1]
+    }
+
     /// Empty buffers for a model of these RoPE frequencies.
     pub fn new(inv_freq: &[f64]) -> Self {
         Self {
@@ -42,6 +50,7 @@ impl Workspace {
             steps: Vec::new(),
             normed: Default::default(),
             positions: Vec::new(),
+            starts: Vec::new(),
             rope: RopeTable::new(inv_freq),
             attend: AttendScratch::default(),
         }

@@ -2,6 +2,7 @@
 
 use super::Model;
 use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
+use super::tokens::{TokenBatch, rows_of};
 use crate::error::Result;
 use crate::mixers::{self, HeadSaved, LayerInput};
 use crate::observe::{AttnView, LayerObserver};
@@ -9,17 +10,6 @@ use crate::params::Grads;
 use kernels::attention::{AttnMask, attention};
 use kernels::packed::Shared;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
-
-/// Equal-length token sequences processed together from position 0.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenBatch {
-    /// Sequences.
-    pub sequences: usize,
-    /// Tokens per sequence.
-    pub seq_len: usize,
-    /// `sequences · seq_len` ids, sequence after sequence.
-    pub tokens: Vec<u32>,
-}
 
 /// Activations that a backward pass needs. Reuse one over steps: its buffers stay.
 #[derive(Default)]
@@ -56,27 +46,12 @@ struct Scratch {
     wide: [Vec<f32>; 3],
 }
 
-impl TokenBatch {
-    /// Rows of all sequences together.
-    pub fn rows(&self) -> usize {
-        self.sequences * self.seq_len
-    }
-
-    pub(super) fn check(&self) {
-        let Self { sequences, seq_len, tokens } = self;
-        assert_eq!(tokens.len(), sequences * seq_len, "{sequences} sequences of {seq_len} tokens");
-    }
-}
-
 impl Model {
     /// Whole sequences from position 0, with observers and, when `tape` is given, everything the backward pass needs. Returns the
-    /// final normed hidden states `[sequences · seq_len, d_model]`.
+    /// final normed hidden states `[rows, d_model]`, sequence after sequence.
     ///
     /// # Errors
     /// [`crate::ModelError::Token`] (with the position in the whole batch) and [`crate::ModelError::Context`].
-    ///
-    /// # Panics
-    /// When `batch.tokens` does not have `sequences · seq_len` ids.
     pub fn forward_batch(
         &self,
         exec: &Exec,
@@ -84,15 +59,14 @@ impl Model {
         observer: &mut dyn LayerObserver,
         tape: Option<&mut Tape>,
     ) -> Result<Vec<f32>> {
-        batch.check();
-        self.check_tokens(&batch.tokens, 0, batch.seq_len)?;
+        self.check_tokens(batch.tokens(), 0, batch.longest())?;
         let mut own = LayerTape::default();
         let mut tape = tape;
         if let Some(tape) = tape.as_deref_mut() {
             tape.layers.resize_with(self.config.layers, LayerTape::default);
             tape.last.clear();
         }
-        let mut h = self.embed(&batch.tokens);
+        let mut h = self.embed(batch.tokens());
         if h.is_empty() {
             return Ok(h);
         }
@@ -136,13 +110,13 @@ impl Model {
         record: bool,
     ) {
         let ids = &self.layout.layers[layer];
-        let (groups, rows, seq) = (self.config.kv_heads, batch.rows(), batch.seq_len);
+        let (groups, rows) = (self.config.kv_heads, batch.rows());
         let per_group = self.config.group_size() * self.config.head_dim;
         let Scratch { x, packed_out, .. } = scratch;
         let LayerTape { qkv, out, lse, saved, .. } = memory;
         self.norm(exec, h, ids.input_norm, x);
         out.resize(rows * groups * per_group, 0.0);
-        self.project(exec, layer, x, seq, &vec![0; batch.sequences], qkv);
+        self.project(exec, layer, x, batch, qkv);
         if ids.kept > 0 {
             let shape = self.attn_shape(ids.kept);
             let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
@@ -150,16 +124,16 @@ impl Model {
             packed_out.resize(if all_kept { 0 } else { rows * q_width }, 0.0);
             lse.resize(if record { rows * shape.q_heads } else { 0 }, 0.0);
             let target = if all_kept { &mut *out } else { &mut *packed_out };
-            for (s, target) in target.chunks_mut(seq * q_width).enumerate() {
+            for (rows, target) in batch.ranges().zip(batch.split_mut(target, q_width)) {
                 attention(
                     exec,
                     shape,
                     AttnMask::Causal { q_pos0: 0 },
-                    rows_of(&qkv.q, s, seq, q_width),
-                    rows_of(&qkv.k, s, seq, kv_width),
-                    rows_of(&qkv.v, s, seq, kv_width),
-                    MatMut::dense(target, seq, q_width),
-                    record.then(|| &mut lse[s * seq * shape.q_heads..(s + 1) * seq * shape.q_heads]),
+                    rows_of(&qkv.q, rows.clone(), q_width),
+                    rows_of(&qkv.k, rows.clone(), kv_width),
+                    rows_of(&qkv.v, rows.clone(), kv_width),
+                    MatMut::dense(target, rows.len(), q_width),
+                    record.then(|| &mut lse[rows.start * shape.q_heads..rows.end * shape.q_heads]),
                 );
             }
             if !all_kept {
@@ -183,17 +157,17 @@ impl Model {
         let converted = &self.layout.layers[layer].converted;
         let per_group = self.config.group_size() * self.config.head_dim;
         let width = self.config.heads * self.config.head_dim;
-        let (sequences, seq, d_model) = (batch.sequences, batch.seq_len, self.config.d_model);
+        let (sequences, d_model) = (batch.sequences(), self.config.d_model);
         let record = saved.is_some();
         let jobs = converted.len() * sequences;
         let inner = if jobs == 1 { exec.clone() } else { exec.single() };
-        let forms = shared_forms(exec, x, if record { jobs.min(sequences) } else { 0 }, seq, d_model);
+        let forms = if record && jobs > 0 { shared_forms(exec, x, batch, d_model) } else { Vec::new() };
         let outputs = exec.parallel_map(jobs, |job| {
             let (group, s) = (converted[job / sequences], job % sequences);
             let env = self.head_env(layer, group).expect("a converted group has a layout");
-            let x = rows_of(x, s, seq, d_model);
-            let mut y = vec![0.0; seq * per_group];
-            let target = MatMut::dense(&mut y, seq, per_group);
+            let x = rows_of(x, batch.range(s), d_model);
+            let mut y = vec![0.0; x.rows() * per_group];
+            let target = MatMut::dense(&mut y, x.rows(), per_group);
             let saved = if record {
                 let x = LayerInput { values: x, shared: forms.get(s).and_then(Option::as_ref) };
                 Some(mixers::forward_train(&inner, &env, x, target))
@@ -206,7 +180,8 @@ impl Model {
         let mut kept_for_backward = Vec::with_capacity(if record { jobs } else { 0 });
         for (job, (y, job_saved)) in outputs.into_iter().enumerate() {
             let (group, s) = (converted[job / sequences], job % sequences);
-            let rows = &mut out[s * seq * width..(s + 1) * seq * width];
+            let rows = batch.range(s);
+            let rows = &mut out[rows.start * width..rows.end * width];
             copy_columns(&y, (0, per_group), rows, (group * per_group, width), per_group);
             kept_for_backward.extend(job_saved);
         }
@@ -239,8 +214,8 @@ impl Model {
             }
             [wide[0].as_slice(), wide[1].as_slice(), wide[2].as_slice()]
         };
-        for sequence in 0..batch.sequences {
-            let part = |values, width| rows_of(values, sequence, batch.seq_len, width);
+        for (sequence, rows) in batch.ranges().enumerate() {
+            let part = |values, width| rows_of(values, rows.clone(), width);
             observer.attention(AttnView {
                 layer,
                 sequence,
@@ -297,14 +272,8 @@ impl Model {
 pub(super) fn shared_forms(
     exec: &Exec,
     x: &[f32],
-    sequences: usize,
-    seq: usize,
+    batch: &TokenBatch,
     d_model: usize,
 ) -> Vec<Option<Shared>> {
-    (0..sequences).map(|s| Shared::new(exec, rows_of(x, s, seq, d_model))).collect()
-}
-
-/// The rows of sequence `s`.
-pub(super) fn rows_of(values: &[f32], s: usize, seq: usize, width: usize) -> MatRef<'_> {
-    MatRef::dense(&values[s * seq * width..(s + 1) * seq * width], seq, width)
+    batch.ranges().map(|rows| Shared::new(exec, rows_of(x, rows, d_model))).collect()
 }

@@ -6,12 +6,14 @@ mod batch;
 mod layout;
 mod load;
 mod parts;
+mod tokens;
 
-pub use batch::{Tape, TokenBatch};
+pub use batch::Tape;
 pub(crate) use layout::head_layout;
 pub use layout::head_tensor_name;
 pub(crate) use load::check_checkpoint;
 pub use load::narrow;
+pub use tokens::TokenBatch;
 
 use crate::error::{ModelError, Result};
 use crate::mixers::{BaseGroup, HeadEnv, HeadLayout, HeadTensors, HeadView};

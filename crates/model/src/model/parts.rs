@@ -3,6 +3,7 @@
 
 use super::Model;
 use super::layout::Run;
+use super::tokens::TokenBatch;
 use crate::params::ParamId;
 use kernels::attention::AttnShape;
 use kernels::elementwise::{add_bias, rms_norm, swiglu};
@@ -130,17 +131,9 @@ impl Model {
         }
     }
 
-    /// Queries, keys and values of all kept groups; `x` holds sequences of `seq_len` rows, the first of each at its position of `starts`.
-    pub(super) fn project(
-        &self,
-        exec: &Exec,
-        layer: usize,
-        x: &[f32],
-        seq_len: usize,
-        starts: &[usize],
-        qkv: &mut Qkv,
-    ) {
-        let (ids, rows) = (&self.layout.layers[layer], seq_len * starts.len());
+    /// Queries, keys and values of all kept groups; `x` holds the rows of `batch`.
+    pub(super) fn project(&self, exec: &Exec, layer: usize, x: &[f32], batch: &TokenBatch, qkv: &mut Qkv) {
+        let (ids, rows) = (&self.layout.layers[layer], batch.rows());
         if ids.kept == 0 {
             *qkv = Qkv::default();
             return;
@@ -157,23 +150,22 @@ impl Model {
                 raw.clear();
                 self.project_block(exec, layer, block, x, rows, out);
             }
-            self.rotate(exec, out, ids.kept * block.rows, seq_len, starts, Rotation::Forward);
+            self.rotate(exec, out, ids.kept * block.rows, batch, Rotation::Forward);
         }
     }
 
-    /// RoPE of sequences of `seq_len` rows, `width` values each; the first row of a sequence has its position of `starts`.
+    /// RoPE of the rows of `batch`, `width` values each.
     pub(super) fn rotate(
         &self,
         exec: &Exec,
         x: &mut [f32],
         width: usize,
-        seq_len: usize,
-        starts: &[usize],
+        batch: &TokenBatch,
         rotation: Rotation,
     ) {
-        assert_eq!(x.len(), starts.len() * seq_len * width, "rows to rotate");
-        exec.parallel_chunks(x, seq_len * width, |s, sequence| {
-            rope(exec, sequence, self.config.head_dim, &self.layout.inv_freq, seq_len, starts[s], rotation);
+        let (head_dim, inv_freq) = (self.config.head_dim, &self.layout.inv_freq);
+        exec.parallel_items(batch.split_mut(x, width), |s, sequence| {
+            rope(exec, sequence, head_dim, inv_freq, batch.range(s).len(), 0, rotation);
         });
     }
 

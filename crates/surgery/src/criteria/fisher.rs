@@ -3,10 +3,10 @@
 
 use crate::error::{Result, SurgeryError};
 use crate::exp::exp_nonpositive;
-use crate::stats::{check_sequences, one_sequence};
+use crate::stats::check_sequences;
 use kernels::{Exec, MatRef};
 use model::observe::AttnView;
-use model::{GradObserver, Grads, LayerObserver, Model, Progress, Tape};
+use model::{GradObserver, Grads, LayerObserver, Model, Progress, Tape, TokenBatch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -39,7 +39,7 @@ pub fn fisher(
         if progress.cancelled() {
             return Err(SurgeryError::Interrupted);
         }
-        let batch = one_sequence(sequence);
+        let batch = TokenBatch::one(sequence);
         let mut tape = Tape::default();
         let mut deltas =
             Deltas { delta, width: config.heads * config.head_dim, layers: vec![Vec::new(); config.layers] };

@@ -5,9 +5,9 @@ use super::kl_fisher::window_fisher;
 use super::window_error::WindowError;
 use super::*;
 use crate::bank::init_bank;
-use crate::stats::{AnalyzeOptions, analyze, one_sequence};
+use crate::stats::{AnalyzeOptions, analyze};
 use crate::testing::{exec, model, spec, tokens};
-use model::{LayerObserver, RecurrentKind, Silent};
+use model::{LayerObserver, RecurrentKind, Silent, TokenBatch};
 use naive::Naive;
 
 /// f32 passes against f64 finite differences.
@@ -37,7 +37,7 @@ fn window_error(window: usize, sequences: &[Vec<u32>]) -> Scores {
     let (exec, model) = (exec(), model(1));
     let mut only = Only(WindowError::new(&exec, &model, window).unwrap());
     for sequence in sequences {
-        model.forward_batch(&exec, &one_sequence(sequence), &mut only, None).unwrap();
+        model.forward_batch(&exec, &TokenBatch::one(sequence), &mut only, None).unwrap();
     }
     Box::new(only.0).finish(sequences.iter().map(Vec::len).sum())
 }

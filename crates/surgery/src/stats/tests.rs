@@ -2,7 +2,7 @@ use super::accumulate::{HeadAccumulator, WINDOWS, bucket, bucket_range};
 use super::*;
 use crate::testing::{exec, model, noise, spec, tokens};
 use kernels::{Exec, MatRef};
-use model::{HeadPlan, RecurrentKind, Silent};
+use model::{HeadPlan, RecurrentKind, Silent, TokenBatch};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -265,7 +265,7 @@ fn statistics_match_the_definition_on_a_model() {
     for (layer, head) in [(0, 0), (1, 3)] {
         let mut views = Views(Vec::new(), layer, head);
         for sequence in &sequences {
-            model(1).forward_batch(&exec(), &one_sequence(sequence), &mut views, None).unwrap();
+            model(1).forward_batch(&exec(), &TokenBatch::one(sequence), &mut views, None).unwrap();
         }
         let expected = naive(&views.0, 1.0 / (D as f64).sqrt(), &[0]);
         assert_same(&report.layers[layer].heads[head], &expected, "model");

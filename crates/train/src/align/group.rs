@@ -120,7 +120,7 @@ impl<'a> Aligner<'a> {
     /// relative error per layer. Weights do not change (but for the gains).
     pub fn accumulate(&mut self, exec: &Exec, batch: &TokenBatch, fit_gain: bool) -> Result<Vec<f64>> {
         let at_once = self.layers_at_once(exec);
-        let (context, sequences) = (self.context(fit_gain), batch.sequences);
+        let context = self.context(fit_gain);
         let groups = &mut self.groups;
         let mut run = |layers: &[LayerInputs]| {
             let first = layers.first().map_or(0, |l| l.layer);
@@ -131,10 +131,10 @@ impl<'a> Aligner<'a> {
                 .collect();
             let single = exec.single();
             exec.parallel_items(items, |_, (i, g, group)| {
-                group.accumulate(&single, &context, &layers[i], g, sequences);
+                group.accumulate(&single, &context, &layers[i], g);
             });
         };
-        let mut collector = Collector::new(exec, batch.seq_len, at_once, &mut run);
+        let mut collector = Collector::new(exec, batch, at_once, &mut run);
         self.teacher.observe(exec, batch, &mut |layer, x, out| collector.push(layer, x, out))?;
         collector.finish();
         Ok(self
@@ -188,7 +188,7 @@ impl<'a> Aligner<'a> {
             if progress.cancelled() {
                 return Err(TrainError::Interrupted);
             }
-            let batch = TokenBatch { sequences: 1, seq_len: sequence.len(), tokens: sequence.clone() };
+            let batch = TokenBatch::one(sequence);
             let mut run = |layers: &[LayerInputs]| {
                 let per_layer = context.base.config.kv_heads;
                 let single = exec.single();
@@ -201,7 +201,7 @@ impl<'a> Aligner<'a> {
                     *sum = (sum.0 + error, sum.1 + reference);
                 }
             };
-            let mut collector = Collector::new(exec, sequence.len().max(1), at_once, &mut run);
+            let mut collector = Collector::new(exec, &batch, at_once, &mut run);
             self.teacher.observe(exec, &batch, &mut |layer, x, out| collector.push(layer, x, out))?;
             collector.finish();
             progress.advance(1, "");
@@ -224,18 +224,11 @@ impl GroupContext<'_> {
 
 impl GroupTrainer {
     /// Error and gradient over all sequences of a batch.
-    fn accumulate(
-        &mut self,
-        exec: &Exec,
-        context: &GroupContext<'_>,
-        inputs: &LayerInputs,
-        group: usize,
-        sequences: usize,
-    ) {
-        let (seq, width) = (inputs.seq_len, context.width);
+    fn accumulate(&mut self, exec: &Exec, context: &GroupContext<'_>, inputs: &LayerInputs, group: usize) {
+        let width = context.width;
         let target = |s| inputs.out(s).columns(group * width, width);
-        let mut products = vec![0.0; seq * width];
-        let reference: f64 = (0..sequences)
+        let mut products = Vec::new();
+        let reference: f64 = (0..inputs.sequences())
             .map(|s| {
                 let o = target(s).to_dense();
                 self.times_gram(exec, &o, &mut products);
@@ -243,11 +236,12 @@ impl GroupTrainer {
             })
             .sum();
         if let Some(gain) = context.gain.filter(|_| context.fit_gain) {
+            let longest = inputs.longest();
             let fitted = mixers::fit_gain(
                 exec,
                 &context.env(inputs.layer, group, &self.weights),
-                inputs.x(0).values,
-                target(0),
+                inputs.x(longest).values,
+                target(longest),
             );
             if let Some(fitted) = fitted.filter(|f| f.iter().all(|v| v.is_finite())) {
                 self.weights.values[gain] = fitted;
@@ -255,26 +249,17 @@ impl GroupTrainer {
         }
         self.grads.values.iter_mut().for_each(|g| g.fill(0.0));
         let env = context.env(inputs.layer, group, &self.weights);
-        let mut diff = vec![0.0; seq * width];
+        let mut diff = Vec::new();
         let mut error = 0.0;
         // 2 / reference, and no gradient where the base's output is exactly zero.
         let scale = if reference == 0.0 { 0.0 } else { (2.0 / reference) as f32 };
-        let gram = MatRef::dense(&self.gram, width, width);
-        for s in 0..sequences {
+        for s in 0..inputs.sequences() {
             let x = inputs.x(s);
+            let seq = x.values.rows();
+            diff.resize(seq * width, 0.0);
             let saved = mixers::forward_train(exec, &env, x, MatMut::dense(&mut diff, seq, width));
             subtract(&mut diff, target(s));
-            let d = MatRef::dense(&diff, seq, width);
-            mixed_gemm(
-                exec,
-                MatMut::dense(&mut products, seq, width),
-                d,
-                Trans::No,
-                gram,
-                Trans::No,
-                1.0,
-                Store::Overwrite,
-            );
+            self.times_gram(exec, &diff, &mut products);
             error += dot(&products, &diff);
             products.iter_mut().for_each(|p| *p *= scale);
             let dout = MatRef::dense(&products, seq, width);
@@ -292,13 +277,13 @@ impl GroupTrainer {
         inputs: &LayerInputs,
         group: usize,
     ) -> (f64, f64) {
-        let (seq, width) = (inputs.seq_len, context.width);
+        let (seq, width) = (inputs.x(0).values.rows(), context.width);
         let target = inputs.out(0).columns(group * width, width);
         let env = context.env(inputs.layer, group, &self.weights);
         let mut diff = vec![0.0; seq * width];
         mixers::forward_train(exec, &env, inputs.x(0), MatMut::dense(&mut diff, seq, width));
         subtract(&mut diff, target);
-        let mut products = vec![0.0; seq * width];
+        let mut products = Vec::new();
         self.times_gram(exec, &diff, &mut products);
         let error = dot(&products, &diff);
         let o = target.to_dense();
@@ -307,7 +292,8 @@ impl GroupTrainer {
     }
 
     /// `out = values · gram`, both `[seq, G·D]`.
-    fn times_gram(&self, exec: &Exec, values: &[f32], out: &mut [f32]) {
+    fn times_gram(&self, exec: &Exec, values: &[f32], out: &mut Vec<f32>) {
+        out.resize(values.len(), 0.0);
         let width = self.gram.len().isqrt();
         let rows = values.len() / width;
         let (a, b) = (MatRef::dense(values, rows, width), MatRef::dense(&self.gram, width, width));

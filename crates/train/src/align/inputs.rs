@@ -2,47 +2,60 @@
 
 use kernels::packed::Shared;
 use kernels::{Exec, MatRef};
+use model::TokenBatch;
 use model::mixers::LayerInput;
+use std::ops::Range;
 
 /// Inputs and head outputs of one layer for a whole batch.
 #[derive(Default)]
 pub(super) struct LayerInputs {
     pub layer: usize,
-    pub seq_len: usize,
+    /// Rows of every sequence.
+    ranges: Vec<Range<usize>>,
     d_model: usize,
     width: usize,
-    /// `[sequences · seq, d_model]`.
+    /// `[rows, d_model]`.
     x: Vec<f32>,
     /// Of each sequence's `x`, for all groups of the layer.
     shared: Vec<Option<Shared>>,
-    /// `[sequences · seq, heads · head_dim]`.
+    /// `[rows, heads · head_dim]`.
     out: Vec<f32>,
 }
 
 impl LayerInputs {
-    fn fill(&mut self, exec: &Exec, layer: usize, seq_len: usize, x: MatRef<'_>, out: MatRef<'_>) {
-        (self.layer, self.seq_len, self.d_model, self.width) = (layer, seq_len, x.cols(), out.cols());
+    fn fill(&mut self, exec: &Exec, layer: usize, batch: &TokenBatch, x: MatRef<'_>, out: MatRef<'_>) {
+        (self.layer, self.d_model, self.width) = (layer, x.cols(), out.cols());
         copy(x, &mut self.x);
         copy(out, &mut self.out);
-        let sequences = 0..x.rows() / seq_len;
-        self.shared = sequences.map(|s| Shared::new(exec, x.rows_at(s * seq_len, seq_len))).collect();
+        self.ranges = batch.ranges().collect();
+        self.shared = batch.ranges().map(|r| Shared::new(exec, x.rows_at(r.start, r.len()))).collect();
+    }
+
+    pub fn sequences(&self) -> usize {
+        self.ranges.len()
+    }
+
+    /// The first of the longest sequences.
+    pub fn longest(&self) -> usize {
+        (0..self.sequences()).rev().max_by_key(|&s| self.ranges[s].len()).unwrap_or(0)
     }
 
     /// Layer input of one sequence, `[seq, d_model]`.
     pub fn x(&self, sequence: usize) -> LayerInput<'_> {
-        let len = self.seq_len * self.d_model;
-        let values = &self.x[sequence * len..(sequence + 1) * len];
         LayerInput {
-            values: MatRef::dense(values, self.seq_len, self.d_model),
+            values: rows(&self.x, &self.ranges[sequence], self.d_model),
             shared: self.shared[sequence].as_ref(),
         }
     }
 
     /// Head outputs of one sequence, `[seq, heads · head_dim]`.
     pub fn out(&self, sequence: usize) -> MatRef<'_> {
-        let len = self.seq_len * self.width;
-        MatRef::dense(&self.out[sequence * len..(sequence + 1) * len], self.seq_len, self.width)
+        rows(&self.out, &self.ranges[sequence], self.width)
     }
+}
+
+fn rows<'a>(values: &'a [f32], rows: &Range<usize>, width: usize) -> MatRef<'a> {
+    MatRef::dense(&values[rows.start * width..rows.end * width], rows.len(), width)
 }
 
 fn copy(from: MatRef<'_>, to: &mut Vec<f32>) {
@@ -54,7 +67,7 @@ fn copy(from: MatRef<'_>, to: &mut Vec<f32>) {
 /// its end; several layers' groups together keep them busy, for the price of the copies.
 pub(super) struct Collector<'f> {
     exec: &'f Exec,
-    seq_len: usize,
+    batch: &'f TokenBatch,
     layers_at_once: usize,
     pending: Vec<LayerInputs>,
     spare: Vec<LayerInputs>,
@@ -64,17 +77,17 @@ pub(super) struct Collector<'f> {
 impl<'f> Collector<'f> {
     pub fn new(
         exec: &'f Exec,
-        seq_len: usize,
+        batch: &'f TokenBatch,
         layers_at_once: usize,
         run: &'f mut dyn FnMut(&[LayerInputs]),
     ) -> Self {
-        Self { exec, seq_len, layers_at_once, pending: Vec::new(), spare: Vec::new(), run }
+        Self { exec, batch, layers_at_once, pending: Vec::new(), spare: Vec::new(), run }
     }
 
     /// Takes a layer's input and head outputs, all sequences one after another.
     pub fn push(&mut self, layer: usize, x: MatRef<'_>, out: MatRef<'_>) {
         let mut inputs = self.spare.pop().unwrap_or_default();
-        inputs.fill(self.exec, layer, self.seq_len, x, out);
+        inputs.fill(self.exec, layer, self.batch, x, out);
         self.pending.push(inputs);
         if self.pending.len() >= self.layers_at_once {
             self.flush();

@@ -105,7 +105,7 @@ pub struct AlignMetric {
 /// returns it. Killed at any moment and resumed, it ends with the same bits as an uninterrupted run.
 ///
 /// Loss of a group g: `Σ_t ‖W_O,g(ô−o)‖² / Σ_t ‖W_O,g o‖²`, summed over groups; layers are independent and clipped one by one. Of a fresh bank
-/// the gains are first fitted by least squares on the first batch. When the bank of a finished run is given again (not `resume`), its
+/// the gains are first fitted by least squares on the longest sequence of the first batch. When the bank of a finished run is given again (not `resume`), its
 /// moments and data position are taken from `<out>.state` if that file belongs to it; the schedule starts anew.
 ///
 /// # Errors
@@ -219,8 +219,7 @@ impl<'a> Run<'a> {
             }
             let began = Instant::now();
             let position = data.position();
-            let tokens = (0..self.sequences).flat_map(|_| data.next_sequence()).collect();
-            let batch = TokenBatch { sequences: self.sequences, seq_len: self.seq_len, tokens };
+            let batch = data.next_batch(self.sequences);
             let lr = f64::from(self.options.lr) * schedule.factor(self.step + 1);
             let metric = match self.advance(&batch, lr as f32) {
                 Ok(metric) => {
@@ -229,7 +228,7 @@ impl<'a> Run<'a> {
                 Err(error) => {
                     if matches!(error, TrainError::NonFinite { .. }) {
                         let path = with_suffix(&self.options.out, ".nonfinite.json");
-                        let sequences: Vec<&[u32]> = batch.tokens.chunks(self.seq_len).collect();
+                        let sequences: Vec<&[u32]> = batch.iter().collect();
                         save_offending_batch(&path, self.step + 1, &sequences)?;
                         self.save(position)?;
                     }
@@ -251,6 +250,7 @@ impl<'a> Run<'a> {
             }
         }
         progress.finish();
+        progress.note(&data.drawn_note());
         Ok(())
     }
 

@@ -52,6 +52,33 @@ fn mean(errors: &[Vec<f64>]) -> f64 {
 }
 
 #[test]
+fn errors_of_packed_documents_are_those_of_the_documents() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 1);
+    let documents: Vec<Vec<u32>> = [1, 2, 63, 64, 65]
+        .into_iter()
+        .flat_map(|len| random_documents(1, len, VOCAB, len as u64))
+        .map(|document| document.tokens)
+        .collect();
+    let packed: TokenBatch = documents.iter().map(Vec::as_slice).collect();
+    let joined = TokenBatch::one(&documents.concat());
+    // The same sums in another order.
+    const ROUNDING: f64 = 1e-5;
+    for spec in mixer_specs(8) {
+        let bank = fresh_bank(&base, spec, 1);
+        let expected: Vec<f64> = heldout_errors(&exec, &base, &bank, &documents, &mut Silent)
+            .unwrap()
+            .iter()
+            .map(|layer| layer.iter().sum::<f64>() / layer.len() as f64)
+            .collect();
+        let mut aligner = Aligner::new(&exec, &base, &bank).unwrap();
+        let close = |found: Vec<f64>| found.iter().zip(&expected).all(|(f, e)| (f - e).abs() < ROUNDING * e);
+        assert!(close(aligner.accumulate(&exec, &packed, false).unwrap()), "{spec:?}");
+        assert!(!close(aligner.accumulate(&exec, &joined, false).unwrap()), "{spec:?}: boundaries matter");
+    }
+}
+
+#[test]
 fn every_mixer_learns() {
     let exec = Exec::new(2).unwrap();
     let base = tiny_model(&tiny_config(), 1);
@@ -135,6 +162,16 @@ fn a_changed_setting_is_refused_but_the_learning_rate_may_change() {
     assert!(matches!(run(&options, &mut StopAfter::new(2)), Err(TrainError::Interrupted)));
     let other = AlignOptions { warmup: 4, ..options.clone() };
     assert!(run(&other, &mut Silent).unwrap_err().to_string().contains("`warm-up`"));
+    // So is a state whose data were cut by another rule.
+    let path = with_suffix(&options.out, ".state");
+    let state = std::fs::read(&path).unwrap();
+    let (now, before) = (b"-pieces", b"-joined");
+    let at = state.windows(now.len()).position(|w| w == now).expect("the rule is part of the fingerprint");
+    let old = [&state[..at], before, &state[at + now.len()..]].concat();
+    std::fs::write(&path, old).unwrap();
+    let error = run(&options, &mut Silent).unwrap_err().to_string();
+    assert!(error.contains("`data`") && error.contains("-joined") && error.contains("hint: "), "{error}");
+    std::fs::write(&path, state).unwrap();
     run(&AlignOptions { lr: 1e-3, ..options }, &mut Silent).unwrap();
 }
 
@@ -213,7 +250,7 @@ fn nan_stops_before_the_update_and_keeps_the_last_state() {
     documents[3].tokens[50] = poison as u32;
     let stream = || SequenceStream::new(&documents, SEQ, 7).unwrap();
     let mut data = stream();
-    let step = (1..).find(|_| (0..2).any(|_| data.next_sequence().contains(&(poison as u32)))).unwrap();
+    let step = (1..).find(|_| data.next_batch(2).tokens().contains(&(poison as u32))).unwrap();
     assert!((2..12).contains(&step), "the seed puts the poison at step {step}");
 
     let bank = fresh_bank(&base, spec(RecurrentKind::Mamba2), 3);

@@ -1,4 +1,4 @@
-//! Text in, token sequences out: files (plain, JSONL with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text,
+//! Text in, token sequences out: files (plain, JSONL and parquet with `text`, .gz, .zst, .npy of int32), the built-in text, the model's own text,
 //! generated tasks.
 //! Knows formats, documents and splits; knows nothing of losses or training state.
 
@@ -7,8 +7,11 @@ mod english;
 mod file;
 mod generated;
 mod heldout;
+mod npy;
+mod parquet_file;
 mod sampled;
 mod stream;
+mod text;
 
 #[cfg(test)]
 mod tests;

@@ -1,19 +1,27 @@
-//! The endless, seeded stream of equal-length training sequences.
+//! The endless, seeded stream of training text, in items of equal length that consist of pieces of documents.
 
 use super::Document;
 use crate::error::{Result, TrainError};
+use model::TokenBatch;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 
-/// An endless, seeded, resumable stream of equal-length sequences cut from documents.
+/// The rule by which items are cut, part of the fingerprint: a run that was interrupted under another one cannot go on.
+const RULE: &str = "pieces";
+/// A rest of a document that is shorter teaches little: it is dropped.
+const MIN_REST: usize = 16;
+
+/// An endless, seeded, resumable stream of items of `seq_len` tokens. An item consists of pieces of documents, each a sequence of its own: nothing
+/// reaches from one document to another.
 ///
-/// Every source has its own epochs. In each, its documents are cut into windows of `seq_len` from a random start (so that the short rest that is
-/// dropped differs from epoch to epoch); documents shorter than a window are joined, in random order, and cut likewise; the windows are
-/// then shuffled. Sources take turns in proportion to the square root of their size: a small one is neither drowned nor repeated as often
-/// as equal shares would.
+/// Every source has its own epochs. In each, documents of at least `seq_len` tokens are cut into windows of that length from a random start (so
+/// that the short rest that is dropped differs from epoch to epoch), each an item; shorter documents follow one another, in random order, until
+/// an item is full. What then is left of a document begins the next item, unless it has fewer than 16 tokens. The items are then shuffled.
+/// Sources take turns in proportion to the square root of their size: a small one is neither drowned nor repeated as often as equal shares
+/// would.
 #[derive(Clone, Debug)]
 pub struct SequenceStream {
     seq_len: usize,
@@ -25,19 +33,22 @@ pub struct SequenceStream {
 
 #[derive(Clone, Debug)]
 struct Source {
+    name: String,
     documents: Arc<Vec<Vec<u32>>>,
-    /// Its place among all sources, those too small to give a sequence included: selects its random stream.
+    /// Its place among all sources: selects its random stream.
     index: u64,
-    /// Share of the draws, in arbitrary units, and the credit it has (smooth weighted round robin).
+    /// Share of the draws, in arbitrary units (0 when it is too small to give an item), and the credit it has (smooth weighted round robin).
     weight: i64,
     credit: i64,
     epoch: u64,
-    windows: Vec<Cut>,
+    items: Vec<Item>,
     next: usize,
+    /// Items drawn.
+    drawn: u64,
 }
 
-/// A sequence: pieces of documents.
-type Cut = Vec<Piece>;
+/// Pieces of documents, `seq_len` tokens in all.
+type Item = Vec<Piece>;
 
 #[derive(Clone, Copy, Debug)]
 struct Piece {
@@ -54,7 +65,7 @@ impl SequenceStream {
     pub fn new(documents: &[Document], seq_len: usize, seed: u64) -> Result<Self> {
         if seq_len < 2 {
             return Err(TrainError::Argument(format!(
-                "a training sequence has at least 2 tokens, found {seq_len}"
+                "an item of training text has at least 2 tokens, found {seq_len}"
             )));
         }
         let mut names: Vec<&str> = Vec::new();
@@ -71,44 +82,62 @@ impl SequenceStream {
             document.tokens.iter().for_each(|t| digest.update(t.to_le_bytes()));
             grouped[at].push(document.tokens.clone());
         }
-        let mut sources: Vec<Source> = grouped.into_iter().enumerate().map(Source::new).collect();
+        let mut sources: Vec<Source> = names.iter().zip(grouped).enumerate().map(Source::new).collect();
         for source in &mut sources {
             source.begin_epoch(seq_len, seed);
-            source.weight = (1000.0 * (source.windows.len() as f64).sqrt()) as i64;
+            source.weight = (1000.0 * (source.items.len() as f64).sqrt()) as i64;
         }
-        sources.retain(|s| s.weight > 0);
-        if sources.is_empty() {
+        if sources.iter().all(|s| s.weight == 0) {
             let longest = documents.iter().map(|d| d.tokens.len()).max().unwrap_or(0);
             return Err(TrainError::Data(format!(
                 "no source holds {seq_len} tokens (longest document: {longest})\nhint: give more text or a shorter sequence length"
             )));
         }
         let hex: String = digest.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Self { seq_len, seed, sources, position: 0, fingerprint: format!("{hex}-{seq_len}-{seed}") })
+        Ok(Self {
+            seq_len,
+            seed,
+            sources,
+            position: 0,
+            fingerprint: format!("{hex}-{seq_len}-{seed}-{RULE}"),
+        })
     }
 
-    /// The next sequence.
-    pub fn next_sequence(&mut self) -> Vec<u32> {
-        let (source, window) = self.draw();
-        let source = &self.sources[source];
-        let mut out = Vec::with_capacity(self.seq_len);
-        for piece in &source.windows[window] {
-            out.extend_from_slice(&source.documents[piece.document][piece.start..piece.start + piece.len]);
+    /// The next items: a sequence for every piece, `items · seq_len` tokens in all.
+    pub fn next_batch(&mut self, items: usize) -> TokenBatch {
+        let mut batch = TokenBatch::default();
+        for _ in 0..items {
+            let (source, item) = self.draw();
+            let source = &self.sources[source];
+            for piece in &source.items[item] {
+                batch.push(&source.documents[piece.document][piece.start..piece.start + piece.len]);
+            }
         }
-        out
+        batch
     }
 
-    /// Tokens per sequence.
+    /// Tokens drawn from every source since position 0, in order of the sources' first documents.
+    pub fn drawn(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.sources.iter().map(|s| (s.name.as_str(), s.drawn * self.seq_len as u64))
+    }
+
+    /// [`drawn`](Self::drawn) in one line.
+    pub fn drawn_note(&self) -> String {
+        let sources: Vec<String> = self.drawn().map(|(name, tokens)| format!("{name} {tokens}")).collect();
+        format!("tokens by source: {}", sources.join(", "))
+    }
+
+    /// Tokens per item.
     pub fn seq_len(&self) -> usize {
         self.seq_len
     }
 
-    /// Digest of the documents, the sequence length and the seed: equal fingerprints and positions give equal sequences.
+    /// Digest of the documents, the length of items, the seed and the rule of cutting: equal fingerprints and positions give equal items.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Sequences drawn so far; with the same documents and seed, [`skip_to`](Self::skip_to) restores the position.
+    /// Items drawn so far; with the same documents and seed, [`skip_to`](Self::skip_to) restores the position.
     pub fn position(&self) -> u64 {
         self.position
     }
@@ -119,6 +148,7 @@ impl SequenceStream {
             for source in &mut self.sources {
                 source.credit = 0;
                 source.epoch = 0;
+                source.drawn = 0;
                 source.begin_epoch(self.seq_len, self.seed);
             }
             self.position = 0;
@@ -128,42 +158,47 @@ impl SequenceStream {
         }
     }
 
-    /// Chooses source and window of the next sequence.
+    /// Chooses source and item.
     fn draw(&mut self) -> (usize, usize) {
         let total: i64 = self.sources.iter().map(|s| s.weight).sum();
         self.sources.iter_mut().for_each(|s| s.credit += s.weight);
         // The first of the largest credits.
-        let chosen = (0..self.sources.len()).rev().max_by_key(|&i| self.sources[i].credit).unwrap_or(0);
+        let usable = (0..self.sources.len()).filter(|&i| self.sources[i].weight > 0);
+        let chosen = usable.rev().max_by_key(|&i| self.sources[i].credit).unwrap_or(0);
         let source = &mut self.sources[chosen];
         source.credit -= total;
-        if source.next == source.windows.len() {
+        if source.next == source.items.len() {
             source.epoch += 1;
             source.begin_epoch(self.seq_len, self.seed);
         }
         source.next += 1;
+        source.drawn += 1;
         self.position += 1;
         (chosen, source.next - 1)
     }
 }
 
 impl Source {
-    fn new((index, documents): (usize, Vec<Vec<u32>>)) -> Self {
+    fn new((index, (name, documents)): (usize, (&&str, Vec<Vec<u32>>))) -> Self {
         Self {
+            name: name.to_string(),
             documents: Arc::new(documents),
             index: index as u64,
             weight: 0,
             credit: 0,
             epoch: 0,
-            windows: Vec::new(),
+            items: Vec::new(),
             next: 0,
+            drawn: 0,
         }
     }
 
-    /// Cuts and shuffles the windows of the current epoch. Their number is the same in every epoch.
+    /// Cuts and shuffles the items of the current epoch. Their number differs a little from epoch to epoch; there is at least one when there was
+    /// one before.
     fn begin_epoch(&mut self, seq_len: usize, seed: u64) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream((self.index << 40) | self.epoch);
-        self.windows.clear();
+        self.items.clear();
         self.next = 0;
         let mut short: Vec<usize> = Vec::new();
         for (document, tokens) in self.documents.iter().enumerate() {
@@ -172,27 +207,30 @@ impl Source {
                 continue;
             }
             let first = rng.random_range(0..=tokens.len() % seq_len);
-            self.windows.extend(
+            self.items.extend(
                 (0..tokens.len() / seq_len)
                     .map(|i| vec![Piece { document, start: first + i * seq_len, len: seq_len }]),
             );
         }
         short.shuffle(&mut rng);
-        let (mut cut, mut room) = (Vec::new(), seq_len);
+        let (mut item, mut room) = (Item::new(), seq_len);
         for document in short {
             let mut start = 0;
             let end = self.documents[document].len();
             while start < end {
                 let len = room.min(end - start);
-                cut.push(Piece { document, start, len });
+                item.push(Piece { document, start, len });
                 start += len;
                 room -= len;
                 if room == 0 {
-                    self.windows.push(std::mem::take(&mut cut));
+                    self.items.push(std::mem::take(&mut item));
                     room = seq_len;
+                    if end - start < MIN_REST {
+                        break;
+                    }
                 }
             }
         }
-        self.windows.shuffle(&mut rng);
+        self.items.shuffle(&mut rng);
     }
 }

@@ -1,19 +1,27 @@
 //! Formats, splits and the stream, on files made here.
 
-use super::file::{cut_point, read_with};
+use super::file::read_with;
+use super::text::cut_point;
 use super::*;
+use kernels::Exec;
 use model::Silent;
 use proptest::prelude::*;
 use std::fs;
 use std::io::Write;
+
+mod pieces;
 
 /// One token per byte, so that nothing can hide.
 fn bytes(text: &str) -> Result<Vec<u32>> {
     Ok(text.bytes().map(u32::from).collect())
 }
 
+fn exec() -> Exec {
+    Exec::new(2).unwrap()
+}
+
 fn read(path: &Path) -> Result<Vec<Document>> {
-    read_with(path, Some(&bytes), &mut Silent)
+    read_with(&exec(), path, Some(&bytes), &mut Silent)
 }
 
 fn text_of(document: &Document) -> String {
@@ -132,10 +140,10 @@ fn npy_holds_one_document_per_row() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("t.npy");
     fs::write(&path, npy("<i4", false, "(5,)", &ids(&[1, 2, 3, 4, 5]))).unwrap();
-    let documents = read_file(&path, None, &mut Silent).unwrap();
+    let documents = read_file(&exec(), &path, None, &mut Silent).unwrap();
     assert_eq!(documents.iter().map(|d| d.tokens.clone()).collect::<Vec<_>>(), [[1, 2, 3, 4, 5]]);
     fs::write(&path, npy("<i4", false, "(2, 3)", &ids(&[1, 2, 3, 4, 5, 6]))).unwrap();
-    let documents = read_file(&path, None, &mut Silent).unwrap();
+    let documents = read_file(&exec(), &path, None, &mut Silent).unwrap();
     assert_eq!(documents.iter().map(|d| d.tokens.clone()).collect::<Vec<_>>(), [[1, 2, 3], [4, 5, 6]]);
     assert!(check_vocab(&documents, 7).is_ok());
     let error = check_vocab(&documents, 6).unwrap_err().to_string();
@@ -162,7 +170,7 @@ fn bad_npy_files_are_errors() {
         (b"text".to_vec(), "malformed npy"),
     ] {
         fs::write(&path, content).unwrap();
-        let error = read_file(&path, None, &mut Silent).unwrap_err().to_string();
+        let error = read_file(&exec(), &path, None, &mut Silent).unwrap_err().to_string();
         assert!(error.contains(expected), "expected {expected}: {error}");
     }
 }
@@ -185,7 +193,7 @@ fn missing_empty_and_broken_files_are_errors() {
     assert!(read(&dir.path().join("none.txt")).is_err());
     let path = dir.path().join("a.txt");
     fs::write(&path, "words").unwrap();
-    assert!(read_file(&path, None, &mut Silent).unwrap_err().to_string().contains("tokenizer"));
+    assert!(read_file(&exec(), &path, None, &mut Silent).unwrap_err().to_string().contains("tokenizer"));
 }
 
 #[test]
@@ -245,16 +253,68 @@ fn streams_need_enough_text() {
             .contains("hint")
     );
     assert!(SequenceStream::new(&documents(&[("a", 9)]), 1, 0).is_err());
-    // Short documents of one source are joined.
-    let mut joined = SequenceStream::new(&documents(&[("a", 3), ("a", 3)]), 4, 0).unwrap();
-    assert_eq!(joined.next_sequence().len(), 4);
+    // Short documents of one source share an item.
+    let mut shared = SequenceStream::new(&documents(&[("a", 3), ("a", 3)]), 4, 0).unwrap();
+    assert_eq!(shared.next_batch(1).rows(), 4);
+}
+
+#[test]
+fn every_piece_of_an_item_is_a_sequence_of_its_own() {
+    let all = documents(&[("a", 30), ("a", 21), ("a", 7), ("a", 128), ("a", 40), ("a", 1), ("a", 63)]);
+    let mut stream = SequenceStream::new(&all, 64, 3).unwrap();
+    let mut pieces: Vec<Vec<u32>> = Vec::new();
+    for _ in 0..4 {
+        // Two windows of the long document and two items of the others, 162 tokens.
+        let batch = stream.next_batch(1);
+        assert_eq!(batch.rows(), 64);
+        pieces.extend(batch.iter().map(<[u32]>::to_vec));
+    }
+    let mut tokens: Vec<u32> = pieces.concat();
+    tokens.sort_unstable();
+    tokens.dedup();
+    assert_eq!(tokens.len(), 4 * 64, "nothing twice");
+    for piece in &pieces {
+        let of = |token: &u32| all.iter().position(|d| d.tokens.contains(token)).unwrap();
+        assert!(piece.iter().all(|t| of(t) == of(&piece[0])), "a piece of one document");
+        assert!(piece.windows(2).all(|w| w[1] == w[0] + 1), "in its order");
+        let whole = &all[of(&piece[0])].tokens;
+        assert!(piece.len() == 64 || piece[0] == whole[0] || piece.len() >= 16, "no short rest: {piece:?}");
+    }
+    assert!(pieces.iter().any(|p| p.len() == 64) && pieces.iter().any(|p| p.len() < 64));
+}
+
+#[test]
+fn short_rests_are_dropped_and_long_ones_begin_the_next_item() {
+    // Of equal documents every order is the same. 24 = 19 + 5, and the rest of 14 is dropped; 60 = 40 + 20, and 20 are left.
+    let lengths = |seq_len, len: usize, count| {
+        let mut stream = SequenceStream::new(&documents(&vec![("a", len); count]), seq_len, 1).unwrap();
+        let mut seen: Vec<Vec<usize>> =
+            (0..2).map(|_| stream.next_batch(1).iter().map(<[u32]>::len).collect()).collect();
+        seen.sort();
+        seen
+    };
+    assert_eq!(lengths(24, 19, 4), [[19, 5], [19, 5]]);
+    assert_eq!(lengths(60, 40, 3), [[20, 40], [40, 20]]);
+}
+
+#[test]
+fn draws_are_counted_by_source() {
+    let all = documents(&[("big", 1600), ("tiny", 9), ("small", 100)]);
+    let mut stream = SequenceStream::new(&all, 10, 0).unwrap();
+    stream.next_batch(100);
+    let counted = [("big", 800), ("tiny", 0), ("small", 200)];
+    assert!(stream.drawn().eq(counted));
+    assert_eq!(stream.drawn_note(), "tokens by source: big 800, tiny 0, small 200");
+    stream.next_batch(17);
+    stream.skip_to(100);
+    assert!(stream.drawn().eq(counted));
 }
 
 #[test]
 fn one_epoch_covers_every_window_once() {
     let mut stream = SequenceStream::new(&documents(&[("a", 64), ("a", 128)]), 16, 5).unwrap();
     for _ in 0..3 {
-        let mut seen: Vec<u32> = (0..12).flat_map(|_| stream.next_sequence()).collect();
+        let mut seen: Vec<u32> = stream.next_batch(12).tokens().to_vec();
         seen.sort_unstable();
         assert_eq!(seen, (0..192).collect::<Vec<_>>());
     }
@@ -263,15 +323,15 @@ fn one_epoch_covers_every_window_once() {
 #[test]
 fn sources_take_turns_by_the_root_of_their_size() {
     let mut stream = SequenceStream::new(&documents(&[("big", 1600), ("small", 100)]), 10, 0).unwrap();
-    let small = (0..100).filter(|_| stream.next_sequence()[0] >= 1600).count();
+    let small = (0..100).filter(|_| stream.next_batch(1).tokens()[0] >= 1600).count();
     assert_eq!(small, 20);
 }
 
 proptest! {
     #[test]
     fn a_stream_resumes_anywhere(
-        lengths in prop::collection::vec((0..3_usize, 0..40_usize), 1..12),
-        seq_len in 2..9_usize,
+        lengths in prop::collection::vec((0..3_usize, 0..60_usize), 1..12),
+        seq_len in 2..40_usize,
         seed in any::<u64>(),
         stop in 0..60_u64,
         more in 1..20_usize,
@@ -281,14 +341,14 @@ proptest! {
         if let Ok(mut first) = SequenceStream::new(&all, seq_len, seed) {
             let mut other = SequenceStream::new(&all, seq_len, seed).unwrap();
             for _ in 0..stop {
-                prop_assert_eq!(first.next_sequence().len(), seq_len);
+                prop_assert_eq!(first.next_batch(1).rows(), seq_len);
             }
             prop_assert_eq!(first.position(), stop);
             // From the start, and from somewhere behind.
             other.skip_to(stop + 7);
             other.skip_to(stop);
             for _ in 0..more {
-                prop_assert_eq!(first.next_sequence(), other.next_sequence());
+                prop_assert_eq!(first.next_batch(1), other.next_batch(1));
             }
         }
     }

@@ -219,14 +219,13 @@ impl<'a> Run<'a> {
             let (began, position) = (Instant::now(), data.position());
             let step = self.trainer.steps() + 1;
             let batches: Vec<TokenBatch> =
-                (0..options.accumulate).map(|_| next_batch(data, options.batch)).collect();
+                (0..options.accumulate).map(|_| data.next_batch(options.batch)).collect();
             let lr = f64::from(options.lr) * schedule.factor(step);
             let report = match self.trainer.step(hybrid, &batches, lr as f32) {
                 Ok(report) => report,
                 Err(error) => {
                     if matches!(error, TrainError::NonFinite { .. }) {
-                        let sequences: Vec<&[u32]> =
-                            batches.iter().flat_map(|b| b.tokens.chunks(b.seq_len)).collect();
+                        let sequences: Vec<&[u32]> = batches.iter().flat_map(TokenBatch::iter).collect();
                         save_offending_batch(&options.state_dir.join("nonfinite.json"), step, &sequences)?;
                         self.save(hybrid, position)?;
                     }
@@ -256,6 +255,7 @@ impl<'a> Run<'a> {
             }
         }
         progress.finish();
+        progress.note(&data.drawn_note());
         Ok(())
     }
 
@@ -264,9 +264,4 @@ impl<'a> Run<'a> {
         self.saved_at = Instant::now();
         Ok(())
     }
-}
-
-fn next_batch(data: &mut SequenceStream, sequences: usize) -> TokenBatch {
-    let tokens = (0..sequences).flat_map(|_| data.next_sequence()).collect();
-    TokenBatch { sequences, seq_len: data.seq_len(), tokens }
 }

@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
 mod elastic;
+mod packed;
 
 const SEQ: usize = 20;
 const VOCAB: u32 = 60;
@@ -69,7 +70,7 @@ fn divergence(exec: &Exec, base: &Model, hybrid: &Model) -> f64 {
     let options = HealOptions { trainable: Trainable::All, ..HealOptions::default() };
     let mut trainer = Trainer::new(exec, base, hybrid, &options).unwrap();
     let mut data = SequenceStream::new(&random_documents(4, 100, VOCAB, 99), SEQ, 1).unwrap();
-    trainer.accumulate(hybrid, &[next_batch(&mut data, 8)]).unwrap().kl.unwrap()
+    trainer.accumulate(hybrid, &[data.next_batch(8)]).unwrap().kl.unwrap()
 }
 
 #[test]
@@ -193,7 +194,7 @@ fn nan_stops_before_the_update_and_keeps_the_last_state() {
     documents[3].tokens[50] = poison as u32;
     let stream = || SequenceStream::new(&documents, SEQ, 7).unwrap();
     let mut data = stream();
-    let bad = (1..).find(|_| (0..2).any(|_| data.next_sequence().contains(&(poison as u32)))).unwrap();
+    let bad = (1..).find(|_| data.next_batch(2).tokens().contains(&(poison as u32))).unwrap();
     assert!((2..15).contains(&bad), "the seed puts the poison at step {bad}");
 
     let start = hybrid_of(&base, spec(RecurrentKind::Mamba2));
@@ -226,7 +227,7 @@ fn low_rank_gradients_agree_with_finite_differences() {
         low_rank.factors.b.iter_mut().for_each(|v| *v = rng.random_range(-0.1..0.1));
     }
     trainer.resume_at(&mut hybrid, 0);
-    let batch = [next_batch(&mut stream(), 2)];
+    let batch = [stream().next_batch(2)];
     trainer.accumulate(&hybrid, &batch).unwrap();
     // Loss differences carry the f32 noise of a whole forward pass, about 1e-6 of the loss, over a step of 2e-2.
     const STEP: f32 = 1e-2;
@@ -264,9 +265,9 @@ fn accumulation_equals_one_large_batch() {
     let base = tiny_model(&tiny_config(), 9);
     let hybrid = hybrid_of(&base, spec(RecurrentKind::Mamba2));
     let mut trainer = Trainer::new(&exec, &base, &hybrid, &HealOptions::default()).unwrap();
-    let large = next_batch(&mut stream(), 4);
+    let large = stream().next_batch(4);
     let mut data = stream();
-    let small: Vec<TokenBatch> = (0..4).map(|_| next_batch(&mut data, 1)).collect();
+    let small: Vec<TokenBatch> = (0..4).map(|_| data.next_batch(1)).collect();
     let (a, b) =
         (trainer.accumulate(&hybrid, &[large]).unwrap(), trainer.accumulate(&hybrid, &small).unwrap());
     // The same sums in another order.

@@ -224,7 +224,8 @@ impl<'a> Trainer<'a> {
     pub(super) fn accumulate(&mut self, hybrid: &Model, batches: &[TokenBatch]) -> Result<StepReport> {
         self.grads.clear();
         let rows: usize = batches.iter().map(TokenBatch::rows).sum();
-        let targets: usize = batches.iter().map(|b| b.sequences * b.seq_len.saturating_sub(1)).sum();
+        let targets: usize =
+            batches.iter().flat_map(TokenBatch::iter).map(|s| s.len().saturating_sub(1)).sum();
         let (mut kl_sum, mut ce_sum) = (0.0, 0.0);
         for batch in batches {
             let (kl, ce) = self.backpropagate(hybrid, batch, rows, targets)?;
@@ -341,10 +342,7 @@ fn head_params(hybrid: &Model, projection_lr_scale: f32) -> Vec<Full> {
 }
 
 /// The token each position predicts; the last of a sequence predicts none.
-fn next_tokens(batch: &TokenBatch) -> Vec<u32> {
-    batch
-        .tokens
-        .chunks(batch.seq_len.max(1))
-        .flat_map(|sequence| sequence[1..].iter().copied().chain(std::iter::once(IGNORED)))
-        .collect()
+pub(super) fn next_tokens(batch: &TokenBatch) -> Vec<u32> {
+    let sequences = batch.iter().filter(|sequence| !sequence.is_empty());
+    sequences.flat_map(|sequence| sequence[1..].iter().copied().chain(std::iter::once(IGNORED))).collect()
 }

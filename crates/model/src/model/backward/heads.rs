@@ -1,12 +1,14 @@
 //! The backward pass through converted groups.
 
-use super::super::batch::{rows_of, shared_forms};
-use super::{Model, Pass, add};
+use super::super::batch::shared_forms;
+use super::super::tokens::rows_of;
+use super::{Model, Pass, TokenBatch, add};
 use crate::mixers::{self, BaseGroupGrads, HeadTensors, LayerInput};
 use crate::params::{Grads, ParamId};
 use crate::plan::RecurrentKind;
 use kernels::elementwise::axpy;
-use kernels::{Exec, MatMut};
+use kernels::{Exec, MatMut, MatRef};
+use std::ops::Range;
 
 /// Gradients of one (group, sequence) of a converted group.
 struct HeadJob {
@@ -16,8 +18,8 @@ struct HeadJob {
 }
 
 impl Model {
-    /// Converted groups: every (group, sequence) on its own thread, as many at a time as there are threads; summed in order, so that
-    /// the result does not depend on their timing.
+    /// Converted groups: every (group, sequence) on its own thread, as many at a time as have the rows of one longest sequence per thread;
+    /// summed in order, so that the result does not depend on their timing.
     pub(super) fn converted_backward(
         &self,
         pass: &Pass<'_>,
@@ -28,7 +30,7 @@ impl Model {
         mut dx: Option<&mut Vec<f32>>,
     ) {
         let Pass { exec, batch, tape } = *pass;
-        let (sequences, seq, d_model) = (batch.sequences, batch.seq_len, self.config.d_model);
+        let (sequences, d_model) = (batch.sequences(), self.config.d_model);
         let ids = &self.layout.layers[layer];
         let saved = &tape.layers[layer].saved;
         assert_eq!(saved.len(), ids.converted.len() * sequences, "the tape was filled under another plan");
@@ -43,19 +45,20 @@ impl Model {
             .collect();
         let jobs = groups.len() * sequences;
         let inner = if jobs == 1 { exec.clone() } else { exec.single() };
-        let wave = exec.threads().max(1);
-        let forms = shared_forms(exec, x, jobs.min(sequences), seq, d_model);
-        for start in (0..jobs).step_by(wave) {
-            let done = exec.parallel_map(wave.min(jobs - start), |i| {
+        let forms = if jobs > 0 { shared_forms(exec, x, batch, d_model) } else { Vec::new() };
+        let mut start = 0;
+        while start < jobs {
+            let wave = wave(exec, batch, start..jobs);
+            let done = exec.parallel_map(wave, |i| {
                 let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
                 let saved = &saved[index * sequences + s];
                 self.head_backward(
                     &inner,
                     layer,
                     ids.converted[index],
-                    LayerInput { values: rows_of(x, s, seq, d_model), shared: forms[s].as_ref() },
+                    LayerInput { values: rows_of(x, batch.range(s), d_model), shared: forms[s].as_ref() },
                     saved,
-                    (dout, s, seq),
+                    rows_of(dout, batch.range(s), self.config.heads * self.config.head_dim),
                     grads,
                     need_dx,
                 )
@@ -63,10 +66,12 @@ impl Model {
             for (i, job) in done.into_iter().enumerate() {
                 let (index, s) = (groups[(start + i) / sequences], (start + i) % sequences);
                 if let (Some(dx), Some(from)) = (dx.as_deref_mut(), &job.dx) {
-                    axpy(exec, 1.0, from, &mut dx[s * seq * d_model..(s + 1) * seq * d_model]);
+                    let rows = batch.range(s);
+                    axpy(exec, 1.0, from, &mut dx[rows.start * d_model..rows.end * d_model]);
                 }
                 self.add_head_grads(layer, ids.converted[index], &job, grads);
             }
+            start += wave;
         }
     }
 
@@ -78,20 +83,20 @@ impl Model {
         group: usize,
         x: LayerInput<'_>,
         saved: &mixers::HeadSaved,
-        (dout, s, seq): (&[f32], usize, usize),
+        dout: MatRef<'_>,
         grads: &Grads,
         need_dx: bool,
     ) -> HeadJob {
         let env = self.head_env(layer, group).expect("a converted group has a layout");
         let per_group = self.config.group_size() * self.config.head_dim;
-        let width = self.config.heads * self.config.head_dim;
+        let seq = dout.rows();
         let trained = self.head_param_ids(layer, group).iter().any(|&id| grads.get(id).is_some());
         let mut job = HeadJob {
             tensors: trained.then(|| env.layout.zeros()),
             base: self.base_grads(layer, grads),
             dx: need_dx.then(|| vec![0.0; seq * self.config.d_model]),
         };
-        let dout = rows_of(dout, s, seq, width).columns(group * per_group, per_group);
+        let dout = dout.columns(group * per_group, per_group);
         let base = job.base.any_wanted().then_some(&mut job.base);
         let dx = job.dx.as_mut().map(|dx| MatMut::dense(dx, seq, self.config.d_model));
         mixers::backward(exec, &env, x, saved, dout, job.tensors.as_mut(), dx, base);
@@ -153,6 +158,16 @@ impl Model {
             }
         }
     }
+}
+
+/// How many of `jobs`, which go through the sequences again and again, run together: their results are in memory until all are done.
+fn wave(exec: &Exec, batch: &TokenBatch, jobs: Range<usize>) -> usize {
+    let most = exec.threads().max(1) * batch.longest();
+    let rows = jobs.scan(0, |rows, job| {
+        *rows += batch.range(job % batch.sequences()).len();
+        Some(*rows)
+    });
+    rows.take_while(|&rows| rows <= most).count()
 }
 
 impl BaseGroupGrads {

@@ -3,9 +3,10 @@
 mod heads;
 
 use super::Model;
-use super::batch::{LayerTape, Tape, TokenBatch, rows_of};
+use super::batch::{LayerTape, Tape};
 use super::layout::Run;
 use super::parts::{Block, pack};
+use super::tokens::{TokenBatch, rows_of};
 use crate::observe::GradObserver;
 use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
@@ -88,7 +89,6 @@ impl Model {
         observer: &mut dyn GradObserver,
         observe_all: bool,
     ) {
-        batch.check();
         let values = batch.rows() * self.config.d_model;
         assert_eq!(dhidden.len(), values, "gradient of {} rows", batch.rows());
         if values == 0 {
@@ -123,7 +123,7 @@ impl Model {
         }
         if let Some(grad) = grads.get_mut(self.layout.embed) {
             let d_model = self.config.d_model;
-            for (&token, dh) in batch.tokens.iter().zip(dh.chunks_exact(d_model)) {
+            for (&token, dh) in batch.tokens().iter().zip(dh.chunks_exact(d_model)) {
                 add(dh, &mut grad[token as usize * d_model..(token as usize + 1) * d_model]);
             }
         }
@@ -194,8 +194,8 @@ impl Model {
         weight_grad(exec, grads, ids.o, dh, out, (rows, d_model, width));
         dout.resize(rows * width, 0.0);
         input_grad(exec, dh, self.params.data(ids.o), dout, (rows, d_model, width), Store::Overwrite);
-        for sequence in 0..batch.sequences {
-            observer.head_outputs(layer, sequence, rows_of(dout, sequence, batch.seq_len, width));
+        for (sequence, rows) in batch.ranges().enumerate() {
+            observer.head_outputs(layer, sequence, rows_of(dout, rows, width));
         }
         let need_dx = below || grads.get(ids.input_norm).is_some();
         let trains_qkv = [
@@ -243,7 +243,7 @@ impl Model {
             return;
         }
         let LayerTape { qkv, out, lse, .. } = &tape.layers[layer];
-        let (rows, seq, groups) = (batch.rows(), batch.seq_len, self.config.kv_heads);
+        let (rows, groups) = (batch.rows(), self.config.kv_heads);
         let per_group = self.config.group_size() * self.config.head_dim;
         let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
         let shape = self.attn_shape(ids.kept);
@@ -258,17 +258,16 @@ impl Model {
             (packed_out.as_slice(), packed_dout.as_slice())
         };
         let [mut dq, mut dk, mut dv] = [q_width, kv_width, kv_width].map(|width| vec![0.0; rows * width]);
-        for s in 0..batch.sequences {
+        for rows in batch.ranges() {
             let saved = AttnSaved {
-                q: rows_of(&qkv.q, s, seq, q_width),
-                k: rows_of(&qkv.k, s, seq, kv_width),
-                v: rows_of(&qkv.v, s, seq, kv_width),
-                out: rows_of(out, s, seq, q_width),
-                lse: &lse[s * seq * shape.q_heads..(s + 1) * seq * shape.q_heads],
-                dout: rows_of(dout, s, seq, q_width),
+                q: rows_of(&qkv.q, rows.clone(), q_width),
+                k: rows_of(&qkv.k, rows.clone(), kv_width),
+                v: rows_of(&qkv.v, rows.clone(), kv_width),
+                out: rows_of(out, rows.clone(), q_width),
+                lse: &lse[rows.start * shape.q_heads..rows.end * shape.q_heads],
+                dout: rows_of(dout, rows.clone(), q_width),
             };
-            let (q, kv) =
-                (s * seq * q_width..(s + 1) * seq * q_width, s * seq * kv_width..(s + 1) * seq * kv_width);
+            let [q, kv] = [q_width, kv_width].map(|width| rows.start * width..rows.end * width);
             let mask = AttnMask::Causal { q_pos0: 0 };
             attention_backward(exec, shape, mask, saved, &mut dq[q], &mut dk[kv.clone()], &mut dv[kv]);
         }
@@ -276,7 +275,7 @@ impl Model {
         for (grad, width, norm, raw) in
             [(&mut dq, q_width, ids.q_norm, &qkv.q_raw), (&mut dk, kv_width, ids.k_norm, &qkv.k_raw)]
         {
-            self.rotate(exec, grad, width, seq, &vec![0; batch.sequences], Rotation::Inverse);
+            self.rotate(exec, grad, width, batch, Rotation::Inverse);
             if let Some(norm) = norm {
                 let mut draw = vec![0.0; grad.len()];
                 let weight = self.params.data(norm);
