@@ -5,6 +5,7 @@
 mod draw;
 pub mod error;
 pub mod hashhop;
+pub mod passkey;
 mod retrieval;
 mod sizing;
 mod source;
