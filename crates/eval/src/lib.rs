@@ -9,6 +9,7 @@ pub mod hashhop;
 pub mod passkey;
 pub mod quality;
 pub mod report;
+pub mod ruler;
 pub mod text;
 
 pub use error::{EvalError, Result};

@@ -7,9 +7,11 @@ use model::{
 };
 use recurformer_eval::answers::greedy_answers;
 use recurformer_eval::hashhop::{HashHopTest, hashhop};
+use recurformer_eval::ruler::{RulerTest, ruler};
 use serde_json::json;
 use std::path::Path;
 use tasks::hashhop::Answering;
+use tasks::ruler::RulerTask;
 use weights::{Checkpoint, Tokenizer};
 
 /// One token per lower-case letter, digit or mark: the 64 of the tiny models.
@@ -142,4 +144,27 @@ fn hashhop_asks_as_often_as_it_is_told() {
         assert!(tell(HashHopTest { samples: 0, ..test.clone() }).contains("at least one"));
         assert!(tell(HashHopTest { hops: vec![0], ..test.clone() }).contains("between 1 and 16"));
     }
+}
+
+#[test]
+fn ruler_counts_every_wanted_answer() {
+    let tokenizer = tokenizer();
+    let exec = Exec::new(2).unwrap();
+    let mut model = engines().remove(1);
+    model.context_limit = 1200;
+    let test = RulerTest {
+        tasks: vec![RulerTask::NiahSingle, RulerTask::VariableTracking],
+        contexts: vec![800, 1000],
+        samples: 2,
+        seed: 1,
+    };
+    let results = ruler(&exec, &model, &tokenizer, &test, &mut Silent).unwrap();
+    let cells: Vec<(&str, usize, usize)> =
+        results.iter().map(|r| (r.task.as_str(), r.context, r.score.asked)).collect();
+    let [single, tracking] = ["niah_single", "variable_tracking"];
+    assert_eq!(cells, [(single, 800, 2), (single, 1000, 2), (tracking, 800, 10), (tracking, 1000, 10)]);
+    let tell =
+        |test: RulerTest| ruler(&exec, &model, &tokenizer, &test, &mut Silent).unwrap_err().to_string();
+    assert!(tell(RulerTest { contexts: vec![300], ..test.clone() }).contains("300 tokens"));
+    assert!(tell(RulerTest { samples: 0, ..test.clone() }).contains("at least one"));
 }

@@ -7,6 +7,7 @@ pub mod error;
 pub mod hashhop;
 pub mod passkey;
 mod retrieval;
+pub mod ruler;
 mod sizing;
 mod source;
 #[cfg(test)]

@@ -23,6 +23,7 @@ use train::data::Split;
 ///   recurformer eval kl --model smollm2-135m --base smollm2-135m --data book.txt --weights q8_0 --chunk 1
 ///   recurformer eval passkey --model healed --base smollm2-135m --contexts 512,1024,2048
 ///   recurformer eval hashhop --model healed --base smollm2-135m --hops 1,2 --contexts 512,1024
+///   recurformer eval ruler --model healed --base smollm2-135m --tasks niah_single,niah_multikey --contexts 1024
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -39,6 +40,7 @@ enum What {
     Passkey(tasks::PasskeyArgs),
     #[command(name = "hashhop")]
     HashHop(tasks::HashHopArgs),
+    Ruler(tasks::RulerArgs),
 }
 
 #[derive(clap::Args)]
@@ -81,6 +83,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         What::Kl(args) => text(args, true, ui),
         What::Passkey(args) => tasks::run_passkey(args, ui),
         What::HashHop(args) => tasks::run_hashhop(args, ui),
+        What::Ruler(args) => tasks::run_ruler(args, ui),
     }
 }
 

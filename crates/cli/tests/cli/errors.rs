@@ -58,6 +58,8 @@ fn wrong_usage_is_2() {
         ("eval hashhop --model hybrid --contexts 200 --hops 17", "between 1 and 16"),
         ("eval hashhop --model hybrid --contexts 200 --queries 0", "at least one"),
         ("eval hashhop --model hybrid --contexts 200 --hash-length 1", "longer hashes"),
+        ("eval ruler --model hybrid --contexts 256 --samples 1", "niah_single"),
+        ("eval ruler --model hybrid --contexts 256 --tasks bogus", "bogus"),
         ("bench --model hybrid --depths 0", "depth"),
         ("bench --model hybrid --depths 250 --decode-steps 16", "256"),
         ("bench-train --model llama3 --context 257", "256"),

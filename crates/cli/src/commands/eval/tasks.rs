@@ -1,15 +1,17 @@
-//! `eval passkey`, `eval hashhop`: generated tasks, model and base in one run.
+//! `eval passkey`, `eval hashhop`, `eval ruler`: generated tasks, model and base in one run.
 
 use crate::common::{EngineArgs, ExecArgs, check_context, print_json, run_engine};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::hashhop::{HashHopTest, hashhop};
 use eval::passkey::{PasskeyOptions, passkey};
+use eval::ruler::{RulerTest, ruler};
 use kernels::Exec;
 use model::{Engine, EngineOptions};
 use serde::Serialize;
 use serde_json::json;
 use tasks::hashhop::Answering;
+use tasks::ruler::RulerTask;
 use weights::Tokenizer;
 
 /// Which models, at which contexts.
@@ -75,6 +77,31 @@ pub struct HashHopArgs {
     /// Queries asked of one prompt, which is read once for them.
     #[arg(long, default_value_t = 8)]
     queries: usize,
+}
+
+/// Tasks of RULER: needles in noise, variable tracking, frequent words. Recall of the answers in the greedy text.
+///
+/// A prompt leaves room for its answer (128 tokens for needles), so contexts below 512 hold little.
+///
+/// Examples:
+///   recurformer eval ruler --model healed --base smollm2-135m --contexts 512,1024,2048
+///   recurformer eval ruler --model healed --tasks niah_single,variable_tracking --contexts 4096 --samples 50 --json
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct RulerArgs {
+    #[command(flatten)]
+    models: ModelArgs,
+    /// Tasks, comma-separated.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_parser = clap::builder::PossibleValuesParser::new(RulerTask::ALL.map(RulerTask::name)),
+        default_values = RulerTask::ALL.map(RulerTask::name)
+    )]
+    tasks: Vec<String>,
+    /// Prompts per task and context.
+    #[arg(long, default_value_t = 20)]
+    samples: usize,
 }
 
 impl ModelArgs {
@@ -147,6 +174,28 @@ pub fn run_hashhop(args: &HashHopArgs, ui: &mut Ui) -> Result<()> {
     header("hops", base.is_some());
     for (i, r) in results.iter().enumerate() {
         row(&r.hops.to_string(), r.context, r.score, base.as_ref().map(|b| b[i].score));
+    }
+    Ok(())
+}
+
+/// `eval ruler`.
+pub fn run_ruler(args: &RulerArgs, ui: &mut Ui) -> Result<()> {
+    let models = &args.models;
+    let tasks = args.tasks.iter().filter_map(|name| RulerTask::ALL.into_iter().find(|t| t.name() == name));
+    let test = RulerTest {
+        tasks: tasks.collect(),
+        contexts: models.contexts.clone(),
+        samples: args.samples,
+        seed: models.seed,
+    };
+    let (results, base) =
+        models.measure(ui, |exec, model, tokenizer, ui| ruler(exec, model, tokenizer, &test, ui))?;
+    if models.printed(&results, base.as_ref())? {
+        return Ok(());
+    }
+    header("task", base.is_some());
+    for (i, r) in results.iter().enumerate() {
+        row(&r.task, r.context, r.score, base.as_ref().map(|b| b[i].score));
     }
     Ok(())
 }
