@@ -40,5 +40,14 @@ pub enum EvalError {
     Interrupted,
 }
 
+impl From<tasks::TaskError> for EvalError {
+    fn from(error: tasks::TaskError) -> Self {
+        match error {
+            tasks::TaskError::Weights(error) => error.into(),
+            tasks::TaskError::Argument(reason) => Self::Argument(reason),
+        }
+    }
+}
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, EvalError>;

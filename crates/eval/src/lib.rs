@@ -1,12 +1,15 @@
-//! Measuring models: perplexity, divergence from a base, passkey retrieval, speed and memory, and the HTML report.
+//! Measuring models: perplexity, divergence from a base, long-range tasks, speed and memory, and the HTML report.
 //! Reads models and result files; trains and converts nothing.
 #![forbid(unsafe_code)]
 
+pub mod answers;
 pub mod bench;
 pub mod error;
+pub mod hashhop;
 pub mod passkey;
 pub mod quality;
 pub mod report;
+pub mod ruler;
 pub mod text;
 
 pub use error::{EvalError, Result};

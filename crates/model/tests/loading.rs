@@ -104,7 +104,7 @@ fn everything(config: &ModelConfig, spec: recurformer_model::MixerSpec) -> HeadP
 
 fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let exec = exec();
-    let batch = TokenBatch { sequences: 1, seq_len: tokens.len(), tokens: tokens.to_vec() };
+    let batch = TokenBatch::one(tokens);
     model.logits(&exec, &model.forward_batch(&exec, &batch, &mut NoObserver, None).unwrap())
 }
 

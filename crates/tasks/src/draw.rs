@@ -12,6 +12,8 @@ pub enum Purpose {
     Heldout = 2,
     /// HashHop prompts to test with.
     HashHop = 3,
+    /// RULER prompts to test with.
+    Ruler = 4,
 }
 
 /// The stream of number `index` (below 2^56).

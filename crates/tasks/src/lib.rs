@@ -5,7 +5,9 @@
 mod draw;
 pub mod error;
 pub mod hashhop;
+pub mod passkey;
 mod retrieval;
+pub mod ruler;
 mod sizing;
 mod source;
 #[cfg(test)]

@@ -1,4 +1,6 @@
-//! `eval`: perplexity, divergence from a base, passkey retrieval.
+//! `eval`: perplexity, divergence from a base, long-range tasks.
+
+mod tasks;
 
 use crate::common::{
     DataArgs, EngineArgs, ExecArgs, Running, check_context, documents, print_json, run_engine, usage,
@@ -6,7 +8,6 @@ use crate::common::{
 use crate::ui::Ui;
 use anyhow::Result;
 use clap::Subcommand;
-use eval::passkey::{PasskeyOptions, passkey};
 use eval::quality::{Quality, evaluate};
 use eval::report::number;
 use eval::text::{WindowOptions, windows};
@@ -14,7 +15,7 @@ use model::EngineOptions;
 use serde_json::{Value, json};
 use train::data::Split;
 
-/// Measure a model on held-out text or on retrieval, beside its base when one is given.
+/// Measure a model on held-out text or on long-range tasks, beside its base when one is given.
 ///
 /// Examples:
 ///   recurformer eval ppl --model healed --base smollm2-135m --data english-small --context 1024
@@ -22,6 +23,8 @@ use train::data::Split;
 ///   recurformer eval kl --model smollm2-135m --base smollm2-135m --data book.txt --weights q8_0 --chunk 1
 ///   recurformer eval kl --model elastic --beta 0.5 --base smollm2-135m --data book.txt
 ///   recurformer eval passkey --model healed --base smollm2-135m --contexts 512,1024,2048
+///   recurformer eval hashhop --model healed --base smollm2-135m --hops 1,2 --contexts 512,1024
+///   recurformer eval ruler --model healed --base smollm2-135m --tasks niah_single,niah_multikey --contexts 1024
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -35,8 +38,10 @@ enum What {
     Ppl(TextArgs),
     /// KL(base ‖ model) per token and agreement of the best tokens.
     Kl(TextArgs),
-    /// A number hidden in noise, asked for at the end.
-    Passkey(PasskeyArgs),
+    Passkey(tasks::PasskeyArgs),
+    #[command(name = "hashhop")]
+    HashHop(tasks::HashHopArgs),
+    Ruler(tasks::RulerArgs),
 }
 
 #[derive(clap::Args)]
@@ -73,37 +78,13 @@ struct TextArgs {
     exec: ExecArgs,
 }
 
-#[derive(clap::Args)]
-struct PasskeyArgs {
-    /// Folder, GGUF file, hub id or built-in name.
-    #[arg(long)]
-    model: String,
-    /// A model to compare with.
-    #[arg(long)]
-    base: Option<String>,
-    /// Context lengths in tokens, comma-separated.
-    #[arg(long, visible_alias = "context", value_delimiter = ',', default_value = "512,1024,2048")]
-    contexts: Vec<usize>,
-    /// Prompts per context.
-    #[arg(long, default_value_t = 12)]
-    samples: usize,
-    /// Seed of the numbers.
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    engine: EngineArgs,
-    #[command(flatten)]
-    exec: ExecArgs,
-}
-
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     match &args.what {
         What::Ppl(args) => text(args, false, ui),
         What::Kl(args) => text(args, true, ui),
-        What::Passkey(args) => retrieval(args, ui),
+        What::Passkey(args) => tasks::run_passkey(args, ui),
+        What::HashHop(args) => tasks::run_hashhop(args, ui),
+        What::Ruler(args) => tasks::run_ruler(args, ui),
     }
 }
 
@@ -185,35 +166,4 @@ fn table(results: &[Quality], divergence: bool) {
         overall.tokens,
         columns(overall.ppl, overall.kl, overall.top1_agreement)
     );
-}
-
-fn retrieval(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
-    let exec = args.exec.exec()?;
-    let options = PasskeyOptions { contexts: args.contexts.clone(), samples: args.samples, seed: args.seed };
-    let measure = |running: Running, ui: &mut Ui| -> Result<_> {
-        for &context in &options.contexts {
-            check_context(&running.engine.config, context)?;
-        }
-        Ok(passkey(&exec, &running.engine, &running.tokenizer()?, &options, ui)?)
-    };
-    let defaults = EngineOptions::EXACT;
-    let results = measure(args.engine.run(&args.model, defaults, &exec, ui)?, ui)?;
-    let base = match &args.base {
-        Some(name) => Some(measure(run_engine(name, args.engine.options(defaults), &exec, ui)?, ui)?),
-        None => None,
-    };
-    if args.json {
-        let mut value = json!({"results": results, "seed": args.seed});
-        if let Some(base) = &base {
-            value["base"] = json!({"results": base});
-        }
-        return print_json(&value);
-    }
-    println!("{:>8} {:>10}{}", "context", "correct", if base.is_some() { "       base" } else { "" });
-    for (i, r) in results.iter().enumerate() {
-        let beside =
-            base.as_ref().map_or(String::new(), |b| format!(" {:>7}/{}", b[i].correct, b[i].samples));
-        println!("{:>8} {:>7}/{}{beside}", r.context, r.correct, r.samples);
-    }
-    Ok(())
 }

@@ -33,7 +33,7 @@ fn every_command_explains_itself_with_an_example() {
             "{command}:\n{help}"
         );
     }
-    for what in ["ppl", "kl", "passkey"] {
+    for what in ["ppl", "kl", "passkey", "hashhop", "ruler"] {
         assert!(work.ok(&format!("eval {what} --help")).contains("--json"), "{what}");
     }
     assert!(work.ok("--version").starts_with("recurformer "));

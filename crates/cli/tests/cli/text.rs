@@ -1,4 +1,4 @@
-//! Text in and out: data formats, `generate`, `chat`, `eval passkey`.
+//! Text in and out: data formats, `generate`, `chat`, long-range tasks.
 
 use crate::common::{Work, npy, some_text, succeed};
 use serde_json::{Value, json};
@@ -194,4 +194,30 @@ fn passkey_counts_right_answers() {
         }
     }
     assert!(work.ok("eval passkey --model hybrid --contexts 256 --samples 1").contains("/1"));
+}
+
+#[test]
+fn hashhop_scores_base_and_hybrid_in_one_run() {
+    let work = Work::with_text_model("llama3");
+    work.make_hybrid("llama3", "mamba2", 4);
+    let line = "eval hashhop --model hybrid --base llama3 --hops 1,2 --contexts 200,256 --hash-length 3 --samples 5 --queries 2";
+    let result = work.ok_json(&format!("{line} --json"));
+    for results in [&result["results"], &result["base"]["results"]] {
+        let cells: Vec<(u64, u64)> = results
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|row| (row["hops"].as_u64().unwrap(), row["context"].as_u64().unwrap()))
+            .collect();
+        assert_eq!(cells, [(1, 200), (1, 256), (2, 200), (2, 256)]);
+        for row in results.as_array().unwrap() {
+            assert_eq!((&row["asked"], &row["prompts"]), (&json!(5), &json!(3)));
+            let [low, share, high] =
+                [&row["low"], &row["correct"], &row["high"]].map(|value| value.as_f64().unwrap());
+            assert!(low <= share / 5.0 && share / 5.0 <= high && high <= 1.0, "{row}");
+        }
+    }
+    let table = work.ok(line);
+    assert_eq!(table.lines().count(), 5);
+    assert!(table.contains("base") && table.contains("95 %"), "{table}");
 }

@@ -80,8 +80,14 @@ fn filled(tokenizer: &Tokenizer, room: usize, rng: &mut ChaCha8Rng) -> Result<Ve
         let item = kind(ChaCha8Rng::from_seed(rng.random()));
         let tokens = |size: usize| -> Result<Vec<u32>> { Ok(tokenizer.encode(&item(size).text(), false)?) };
         let Some(size) = largest_fitting(room, room, |size| Ok(tokens(size)?.len()))? else { continue };
-        let filler = tokenizer.encode(&format!("{} {}\n", sentence(rng), sentence(rng)), false)?;
-        return Ok(fill_front(tokens(size)?, &filler, room));
+        let document = tokens(size)?;
+        let mut filler = Vec::new();
+        while filler.len() < room - document.len() {
+            let mut more = tokenizer.encode(&format!("{}\n", sentence(rng)), false)?;
+            more.append(&mut filler);
+            filler = more;
+        }
+        return Ok(fill_front(document, &filler, room));
     }
     Err(TaskError::Argument(format!(
         "retrieval: {room} tokens are too few for a question and what it asks for\nhint: choose a larger `context`"

@@ -207,7 +207,7 @@ fn data_arguments() {
         assert_eq!(DataSource::parse(text.name()).unwrap(), DataSource::BuiltIn(text));
     }
     let generated = DataSource::parse("retrieval:context=512").unwrap();
-    assert!(matches!(generated, DataSource::Generated(tasks::Generated { context: 512, .. })));
+    assert!(matches!(generated, DataSource::Generated(Generated { context: 512, .. })));
     let error = DataSource::parse("hashhop:hop=2").unwrap_err().to_string();
     assert!(error.contains("hop=2") && error.contains("hint:"), "{error}");
     assert!(DataSource::parse("no/such/file").unwrap_err().to_string().contains("english-small"));
