@@ -3,7 +3,7 @@
 mod tasks;
 
 use crate::common::{
-    DataArgs, EngineArgs, ExecArgs, Running, check_context, documents, print_json, run_engine, usage,
+    DataArgs, EngineArgs, ExecArgs, check_context, documents, print_json, run_engine, usage,
 };
 use crate::ui::Ui;
 use anyhow::Result;

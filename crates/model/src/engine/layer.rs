@@ -9,7 +9,7 @@ use crate::mixers::{
 use crate::plan::RecurrentKind;
 use kernels::kv::AttendJob;
 use kernels::packed::{Packed, Product, matmul, matmul_swiglu};
-use kernels::{Exec, MatMut, MatRef, Store, elementwise};
+use kernels::{Exec, MatMut, MatRef, Precision, Store, elementwise};
 use smallvec::SmallVec;
 use weights::ModelConfig;
 
@@ -69,6 +69,8 @@ pub(super) struct Layer {
 /// What every layer reads besides its weights.
 pub(super) struct Pass<'a> {
     pub exec: &'a Exec,
+    /// Of the products inside converted groups, when several tokens go through them together.
+    pub precision: Precision,
     pub config: &'a ModelConfig,
     pub head: Option<HeadLayout>,
     pub inv_freq: &'a [f64],
@@ -187,6 +189,7 @@ impl Layer {
             jobs.extend(groups.zip(caches).map(|((i, group), cache)| (i, group, s, cache)));
         }
         let inner = if jobs.len() == 1 { exec.clone() } else { exec.single() };
+        let inner = inner.with_precision(pass.precision).expect("a precision that this CPU has");
         let outputs = exec.parallel_map_items(jobs, |_, (i, group, s, cache)| {
             let rows = ws.rows(s);
             let seq = rows.len();

@@ -15,7 +15,7 @@ use build::{Builder, Source};
 use kernels::kv::KvType;
 use kernels::packed::{Packed, Product, matmul};
 use kernels::quant::Dtype;
-use kernels::{Exec, MatMut, MatRef, Store};
+use kernels::{Exec, MatMut, MatRef, Precision, Store};
 use layer::{Layer, Pass};
 use smallvec::SmallVec;
 use source::Files;
@@ -331,7 +331,12 @@ impl Engine {
             });
             exec.parallel_items(stores.collect(), |_, (store, rows)| store.reserve(rows));
         }
-        let pass = Pass { exec, config: &self.config, head: self.head, inv_freq: &self.inv_freq };
+        // As for kept groups: whoever caches in 16 bits or fewer has these products rounded to bfloat16 as well.
+        let precision = match self.cache.kv_type {
+            KvType::F32 => Precision::F32,
+            _ => exec.fastest_precision(),
+        };
+        let pass = Pass { exec, precision, config: &self.config, head: self.head, inv_freq: &self.inv_freq };
         for (l, layer) in self.layers.iter().enumerate() {
             let mut memories: SmallVec<[_; 4]> =
                 caches.iter_mut().map(|cache| &mut cache.layers[l]).collect();

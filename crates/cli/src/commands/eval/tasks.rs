@@ -120,9 +120,7 @@ impl ModelArgs {
         };
         let result = measured(self.engine.run(&self.model, defaults, &exec, ui)?, ui)?;
         let base = match &self.base {
-            Some(name) => {
-                Some(measured(run_engine(name, self.engine.options(defaults), &exec, ui)?, ui)?)
-            }
+            Some(name) => Some(measured(run_engine(name, self.engine.options(defaults), &exec, ui)?, ui)?),
             None => None,
         };
         Ok((result, base))
