@@ -93,7 +93,7 @@ mod tests {
         let whole = documents.clone();
         documents.insert(0, text);
         let mut stream = SequenceStream::new(&documents, 600, 0).unwrap();
-        let drawn: Vec<Vec<u32>> = (0..150).map(|_| stream.next_sequence()).collect();
+        let drawn: Vec<Vec<u32>> = (0..150).map(|_| stream.next_batch(1).tokens().to_vec()).collect();
         let (of_text, of_tasks): (Vec<_>, Vec<_>) =
             drawn.into_iter().partition(|s| s.iter().all(|&t| t == 96));
         assert_eq!((of_text.len(), of_tasks.len()), (100, 50));

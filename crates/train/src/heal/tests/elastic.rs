@@ -29,7 +29,7 @@ fn elastic(dir: &Path, steps: u64, trainable: Trainable) -> HealOptions {
 }
 
 fn batches(data: &mut SequenceStream) -> Vec<TokenBatch> {
-    (0..2).map(|_| next_batch(data, 1)).collect()
+    (0..2).map(|_| data.next_batch(1)).collect()
 }
 
 #[test]
