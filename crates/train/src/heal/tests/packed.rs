@@ -23,7 +23,8 @@ fn packed_documents_train_as_documents_one_by_one() {
             let options = HealOptions { stage, trainable: Trainable::All, ..HealOptions::default() };
             let mut trainer = Trainer::new(&exec, &base, &hybrid, &options).unwrap();
             let mut report = |batches: &[TokenBatch]| {
-                let StepReport { loss, kl, ce, grad_norm, .. } = trainer.accumulate(&hybrid, batches).unwrap();
+                let StepReport { loss, kl, ce, grad_norm, .. } =
+                    trainer.accumulate(&hybrid, batches).unwrap();
                 [loss, kl.unwrap_or(1.0), ce, grad_norm]
             };
             let expected = report(&alone);
