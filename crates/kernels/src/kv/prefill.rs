@@ -100,9 +100,9 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
             };
             for r0 in (0..padded).step_by(D::ROWS) {
                 let mut seen = [0; MAX_ROWS];
-                for r in 0..D::ROWS {
+                for (r, seen) in seen.iter_mut().enumerate().take(D::ROWS) {
                     let row = (r0 + r).min(rows - 1);
-                    seen[r] = (position + row / group + 1).saturating_sub(k0).min(keys);
+                    *seen = (position + row / group + 1).saturating_sub(k0).min(keys);
                 }
                 let most = seen[D::ROWS - 1];
                 if most == 0 {
