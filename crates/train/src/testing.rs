@@ -144,3 +144,10 @@ pub fn random_documents(count: usize, len: usize, vocab: u32, seed: u64) -> Vec<
         })
         .collect()
 }
+
+/// Token ids of documents whose lengths lie around those of chunks.
+pub fn documents_of_odd_lengths(vocab: u32) -> Vec<Vec<u32>> {
+    let documents =
+        [1, 2, 63, 64, 65].into_iter().flat_map(|len| random_documents(1, len, vocab, len as u64));
+    documents.map(|document| document.tokens).collect()
+}

@@ -163,25 +163,31 @@ pub(crate) struct Out {
     pub store: Store,
 }
 
-/// `tile[r][p] = x[r] · panelᵀ` of BF16 panels lying one after another; `tile` `[32][panels][16]`, rows beyond `rows` are
-/// garbage. `x`: rows `stride` apart, padded in both directions to whole tiles; sums in f32, subnormals count as zero.
+/// What a block multiplies.
+#[derive(Clone, Copy)]
+pub(crate) struct Operands<'a> {
+    /// Reduced values of a row, without padding.
+    pub cols: usize,
+    /// BF16 panels lying one after another.
+    pub weights: &'a [u16],
+    pub panels: usize,
+    /// BF16 rows `stride` apart, padded in both directions to whole tiles.
+    pub x: &'a [u16],
+    pub stride: usize,
+    pub rows: usize,
+}
+
+/// `tile[r][p] = x[r] · panelᵀ` of BF16 operands; `tile` `[32][panels][16]`, rows beyond `rows` are garbage. Sums in f32,
+/// subnormals count as zero.
 ///
 /// # Panics
 /// Without AMX (unit tests use the model instead), and when slices are too short.
-pub(crate) fn tile(
-    configured: &Configured,
-    cols: usize,
-    weights: &[u16],
-    panels: usize,
-    x: &[u16],
-    stride: usize,
-    rows: usize,
-    tile: &mut [f32],
-) {
-    assert!(tile.len() >= rows.next_multiple_of(TILE_ROWS) * panels * PANEL);
-    let out = Out { first: tile.as_mut_ptr(), stride: panels * PANEL, store: Store::Overwrite };
+pub(crate) fn tile(configured: &Configured, operands: Operands<'_>, tile: &mut [f32]) {
+    let stride = operands.panels * PANEL;
+    assert!(tile.len() >= operands.rows.next_multiple_of(TILE_ROWS) * stride);
+    let out = Out { first: tile.as_mut_ptr(), stride, store: Store::Overwrite };
     // SAFETY: the tile has room for whole tiles of rows.
-    unsafe { tile_into(configured, cols, weights, panels, x, stride, rows, out) }
+    unsafe { tile_into(configured, operands, out) }
 }
 
 /// [`tile`] straight into the rows of an output, overwriting or adding.
@@ -191,25 +197,16 @@ pub(crate) fn tile(
 ///
 /// # Panics
 /// As [`tile`].
-pub(crate) unsafe fn tile_into(
-    _configured: &Configured,
-    cols: usize,
-    weights: &[u16],
-    panels: usize,
-    x: &[u16],
-    stride: usize,
-    rows: usize,
-    out: Out,
-) {
+pub(crate) unsafe fn tile_into(_configured: &Configured, operands: Operands<'_>, out: Out) {
     #[cfg(test)]
     if !supported() {
         let mut model = super::amx_model::Model::ready();
         // SAFETY: the caller's contract.
-        return unsafe { multiply(&mut model, cols, weights, panels, x, stride, rows, out) };
+        return unsafe { multiply(&mut model, operands, out) };
     }
     assert!(supported(), "no AMX on this CPU");
     // SAFETY: the caller's contract.
-    unsafe { multiply(&mut Hardware, cols, weights, panels, x, stride, rows, out) }
+    unsafe { multiply(&mut Hardware, operands, out) }
 }
 
 /// [`tile_into`] on any tiles, which are configured.
@@ -217,16 +214,8 @@ pub(crate) unsafe fn tile_into(
 /// # Safety
 /// As [`tile_into`].
 #[inline(always)]
-unsafe fn multiply<T: Tiles>(
-    tiles: &mut T,
-    cols: usize,
-    weights: &[u16],
-    panels: usize,
-    x: &[u16],
-    stride: usize,
-    rows: usize,
-    out: Out,
-) {
+unsafe fn multiply<T: Tiles>(tiles: &mut T, operands: Operands<'_>, out: Out) {
+    let Operands { cols, weights, panels, x, stride, rows } = operands;
     let cols = padded(cols);
     let tile_rows = rows.next_multiple_of(TILE_ROWS);
     assert!(rows <= SHAPE.0 && panels <= SHAPE.1, "tile of {rows} rows, {panels} panels");
@@ -373,10 +362,15 @@ fn computes() -> bool {
     // SAFETY: CPUID, XCR0 and the operating system's permission were checked by `supported` before; `got` is a whole tile.
     unsafe {
         Hardware.configure(&CONFIG);
-        multiply(&mut Hardware, PAD, &b, 1, &a, PAD, TILE_ROWS, out);
+        multiply(&mut Hardware, known_operands(&a, &b), out);
         Hardware.release();
     }
     got == want
+}
+
+/// The operands of [`known_product`].
+fn known_operands<'a>(a: &'a [u16], b: &'a [u16]) -> Operands<'a> {
+    Operands { cols: PAD, weights: b, panels: 1, x: a, stride: PAD, rows: TILE_ROWS }
 }
 
 /// Activations `[16][32]`, a panel of 32 columns, their product `[16][16]`.
@@ -402,7 +396,7 @@ mod tests {
         let mut got = vec![f32::NAN; TILE_ROWS * PANEL];
         let out = Out { first: got.as_mut_ptr(), stride: PANEL, store: Store::Overwrite };
         // SAFETY: the model needs no instructions; `got` is a whole tile.
-        unsafe { multiply(&mut Model::ready(), PAD, &b, 1, &a, PAD, TILE_ROWS, out) };
+        unsafe { multiply(&mut Model::ready(), known_operands(&a, &b), out) };
         assert_eq!(got, want);
     }
 
@@ -430,11 +424,12 @@ mod tests {
                 }
                 let w = noise(2, panels * padded * PANEL);
                 let mut tile = vec![f32::NAN; SHAPE.0 * panels * PANEL + 1];
+                let operands = Operands { cols, weights: &w, panels, x: &x, stride, rows };
                 let mut run = |store| {
                     let out = Out { first: tile.as_mut_ptr(), stride: panels * PANEL, store };
                     // SAFETY: the model needs no instructions; `tile` has all rows.
                     unsafe {
-                        multiply(&mut Model::ready(), cols, &w, panels, &x, stride, rows, out);
+                        multiply(&mut Model::ready(), operands, out);
                     }
                 };
                 run(Store::Overwrite);

@@ -181,9 +181,7 @@ impl Route {
             #[cfg(target_arch = "x86_64")]
             Self::Amx(dtype) => {
                 let tiles = prepared.tiles.as_ref().expect("prepared for this route");
-                let packed = if dtype == Dtype::BF16 { weight.panels_at(panel, panels) } else { expanded };
-                let (x, stride) = x.bf16_rows();
-                amx::tile(tiles, cols, cast(packed), panels, &x[row * stride..], stride, rows, tile);
+                amx::tile(tiles, amx_operands(dtype, x, weight, expanded, at), tile);
             }
             Self::QuantVector(dtype) => {
                 quant::matvec(isa, dtype, cols, weight.panel(panel), x.blocks(), row, rows, tile);
@@ -208,22 +206,31 @@ impl Route {
         at: TileAt,
         (out, stride, store): (*mut f32, usize, Store),
     ) -> bool {
-        let TileAt { row, rows, panel, panels } = at;
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(dtype) if amx::whole(rows) => {
+            Self::Amx(dtype) if amx::whole(at.rows) => {
                 let tiles = prepared.tiles.as_ref().expect("prepared for this route");
-                let packed = if dtype == Dtype::BF16 { weight.panels_at(panel, panels) } else { expanded };
-                let (x, x_stride) = x.bf16_rows();
                 let out = amx::Out { first: out, stride, store };
                 // SAFETY: whole tiles of rows; the caller's contract.
-                unsafe {
-                    let x = &x[row * x_stride..];
-                    amx::tile_into(tiles, weight.cols(), cast(packed), panels, x, x_stride, rows, out);
-                }
+                unsafe { amx::tile_into(tiles, amx_operands(dtype, x, weight, expanded, at), out) }
                 true
             }
             _ => false,
         }
     }
+}
+
+/// Rows and panels of a block for AMX.
+#[cfg(target_arch = "x86_64")]
+fn amx_operands<'a>(
+    dtype: Dtype,
+    x: &'a Input,
+    weight: &'a Packed,
+    expanded: &'a [u8],
+    at: TileAt,
+) -> amx::Operands<'a> {
+    let TileAt { row, rows, panel, panels } = at;
+    let packed = if dtype == Dtype::BF16 { weight.panels_at(panel, panels) } else { expanded };
+    let (x, stride) = x.bf16_rows();
+    amx::Operands { cols: weight.cols(), weights: cast(packed), panels, x: &x[row * stride..], stride, rows }
 }

@@ -3,7 +3,8 @@
 use super::*;
 use crate::state::load_state;
 use crate::testing::{
-    DieAfter, StopAfter, fresh_bank, killed, mixer_specs, random_documents, tiny_config, tiny_model,
+    DieAfter, StopAfter, documents_of_odd_lengths, fresh_bank, killed, mixer_specs, random_documents,
+    tiny_config, tiny_model,
 };
 use model::{MixerSpec, RecurrentKind, Silent};
 use std::path::Path;
@@ -55,11 +56,7 @@ fn mean(errors: &[Vec<f64>]) -> f64 {
 fn errors_of_packed_documents_are_those_of_the_documents() {
     let exec = Exec::new(2).unwrap();
     let base = tiny_model(&tiny_config(), 1);
-    let documents: Vec<Vec<u32>> = [1, 2, 63, 64, 65]
-        .into_iter()
-        .flat_map(|len| random_documents(1, len, VOCAB, len as u64))
-        .map(|document| document.tokens)
-        .collect();
+    let documents = documents_of_odd_lengths(VOCAB);
     let packed: TokenBatch = documents.iter().map(Vec::as_slice).collect();
     let joined = TokenBatch::one(&documents.concat());
     // The same sums in another order.

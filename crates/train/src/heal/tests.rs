@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::testing::{
-    DieAfter, StopAfter, fresh_bank, killed, mixer_specs, random_documents, tiny_config, tiny_model,
+    DieAfter, StopAfter, documents_of_odd_lengths, fresh_bank, killed, mixer_specs, random_documents,
+    tiny_config, tiny_model,
 };
 use model::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind, Silent};
 use rand::{Rng, SeedableRng};

@@ -9,11 +9,7 @@ const ROUNDING: f64 = 1e-5;
 fn packed_documents_train_as_documents_one_by_one() {
     let exec = Exec::new(2).unwrap();
     let base = tiny_model(&tiny_config(), 9);
-    let documents: Vec<Vec<u32>> = [1, 2, 63, 64, 65]
-        .into_iter()
-        .flat_map(|len| random_documents(1, len, VOCAB, len as u64))
-        .map(|document| document.tokens)
-        .collect();
+    let documents = documents_of_odd_lengths(VOCAB);
     let packed: TokenBatch = documents.iter().map(Vec::as_slice).collect();
     let alone: Vec<TokenBatch> = documents.iter().map(|d| TokenBatch::one(d)).collect();
     let joined = TokenBatch::one(&documents.concat());
