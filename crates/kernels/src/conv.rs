@@ -1,30 +1,56 @@
 //! Short causal depthwise convolution with a carried tail.
 
-use crate::Exec;
 use crate::chunk::check_len;
 use crate::isa::dispatch;
-use crate::simd::{Simd, axpy};
+use crate::simd::{Simd, axpy, dot};
+use crate::{Exec, MatRef};
 
 /// Rows per task. Fixed, so that results do not depend on the number of threads.
 const ROWS: usize = 128;
 
-/// `out[t, c] = Σ_{i<d_conv} weight[c, i] · x[t − (d_conv−1) + i, c] (+ bias[c])`. `x`, `out`: `[seq, channels]`, `weight`:
+/// `out[t, c] = Σ_{i<d_conv} weight[c, i] · x[t − (d_conv−1) + i, c] (+ bias[c])`. `x`: `[seq, channels]`, `out` the same, dense; `weight`:
 /// `[channels, d_conv]` (the last tap is the current token). Rows before the first come from `tail`
 /// `[(d_conv−1), channels]` (oldest first), which is replaced by the last rows seen.
 ///
 /// Panics when a length does not fit.
 pub fn short_conv(
     exec: &Exec,
-    x: &[f32],
+    x: MatRef<'_>,
     weight: &[f32],
     bias: Option<&[f32]>,
-    channels: usize,
     tail: &mut [f32],
     out: &mut [f32],
 ) {
-    let d_conv = taps(x, weight, channels);
-    check_len("out", out.len(), x.len());
-    check_len("tail", tail.len(), (d_conv - 1) * channels);
+    convolve(exec, x, weight, (bias, None), tail, out);
+}
+
+/// [`short_conv`] without bias, each `head_dim` channels of its output then normalised as by [`l2_norm`](crate::elementwise::l2_norm).
+pub fn short_conv_unit(
+    exec: &Exec,
+    x: MatRef<'_>,
+    weight: &[f32],
+    (head_dim, eps): (usize, f32),
+    tail: &mut [f32],
+    out: &mut [f32],
+) {
+    let whole = head_dim > 0 && x.cols().is_multiple_of(head_dim);
+    assert!(whole, "{} channels in heads of {head_dim}", x.cols());
+    convolve(exec, x, weight, (None, Some((head_dim, eps))), tail, out);
+}
+
+fn convolve(
+    exec: &Exec,
+    x: MatRef<'_>,
+    weight: &[f32],
+    (bias, unit): (Option<&[f32]>, Option<(usize, f32)>),
+    tail: &mut [f32],
+    out: &mut [f32],
+) {
+    let (seq, channels) = (x.rows(), x.cols());
+    let d_conv = taps(weight, channels);
+    let before = d_conv - 1;
+    check_len("out", out.len(), seq * channels);
+    check_len("tail", tail.len(), before * channels);
     if let Some(bias) = bias {
         check_len("bias", bias.len(), channels);
     }
@@ -39,22 +65,26 @@ pub fn short_conv(
                 }
                 for (i, weight) in weight.chunks_exact(channels).enumerate() {
                     // Row of the tail followed by x.
-                    let source = (block * ROWS + row + i) * channels;
-                    let source = match source.checked_sub(rows_before.len()) {
-                        Some(start) => &x[start..start + channels],
-                        None => &rows_before[source..source + channels],
+                    let source = block * ROWS + row + i;
+                    let source = match source.checked_sub(before) {
+                        Some(t) => x.row(t),
+                        None => &rows_before[source * channels..(source + 1) * channels],
                     };
                     add_product(s, weight, source, out);
+                }
+                if let Some((head_dim, eps)) = unit {
+                    for head in out.chunks_exact_mut(head_dim) {
+                        let inverse = 1.0 / (dot(s, head, head) + eps).sqrt();
+                        head.iter_mut().for_each(|x| *x *= inverse);
+                    }
                 }
             }
         });
     });
-    if x.len() >= tail.len() {
-        tail.copy_from_slice(&x[x.len() - tail.len()..]);
-    } else {
-        tail.copy_within(x.len().., 0);
-        let kept = tail.len() - x.len();
-        tail[kept..].copy_from_slice(x);
+    let kept = before.saturating_sub(seq);
+    tail.copy_within((before - kept) * channels.., 0);
+    for (row, tail) in tail.chunks_exact_mut(channels).enumerate().skip(kept) {
+        tail.copy_from_slice(x.row(row + seq - before));
     }
 }
 
@@ -98,7 +128,8 @@ pub fn short_conv_backward(
     dweight: &mut [f32],
     dbias: Option<&mut [f32]>,
 ) {
-    let d_conv = taps(x, weight, channels);
+    let d_conv = taps(weight, channels);
+    check_len("x", x.len(), x.len() / channels * channels);
     check_len("dout", dout.len(), x.len());
     check_len("dx", dx.len(), x.len());
     check_len("dweight", dweight.len(), weight.len());
@@ -151,12 +182,11 @@ pub fn short_conv_backward(
 }
 
 /// `d_conv`, after checking that the shapes fit.
-fn taps(x: &[f32], weight: &[f32], channels: usize) -> usize {
+fn taps(weight: &[f32], channels: usize) -> usize {
     assert!(channels > 0, "a convolution over 0 channels");
     let d_conv = weight.len() / channels;
     assert!(d_conv > 0, "a convolution with 0 taps");
     check_len("weight", weight.len(), channels * d_conv);
-    check_len("x", x.len(), x.len() / channels * channels);
     d_conv
 }
 

@@ -6,6 +6,7 @@ pub mod attention;
 pub mod conv;
 pub mod elementwise;
 pub mod exec;
+pub mod gate;
 pub mod gated_delta;
 pub mod isa;
 pub mod kv;

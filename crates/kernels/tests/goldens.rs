@@ -217,14 +217,15 @@ fn short_conv_matches_pytorch() {
     let case = Case::new(KERNELS, "short_conv");
     let [channels, taps] = case.shape("weight");
     let (x, weight, bias) = (case.get("x"), case.get("weight"), case.get("bias"));
+    let rows = MatRef::dense(&x, x.len() / channels, channels);
     each_exec(|exec| {
         let (mut tail, mut out) = (vec![0.0; (taps - 1) * channels], case.poisoned("out"));
-        short_conv(exec, &x, &weight, Some(&bias), channels, &mut tail, &mut out);
+        short_conv(exec, rows, &weight, Some(&bias), &mut tail, &mut out);
         case.check(exec, "out", &out);
         assert_eq!(tail, x[x.len() - tail.len()..], "the tail is the last rows seen");
 
         let (mut tail, mut out) = (case.get("tail"), case.poisoned("out"));
-        short_conv(exec, &x, &weight, Some(&bias), channels, &mut tail, &mut out);
+        short_conv(exec, rows, &weight, Some(&bias), &mut tail, &mut out);
         case.check(exec, "out_after_tail", &out);
 
         let (mut dx, mut dweight, mut dbias) = (case.zeros("x"), case.zeros("weight"), case.zeros("bias"));

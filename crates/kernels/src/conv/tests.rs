@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::chunk::testing::{LENGTHS, assert_close, assert_gradient, execs, inner, random, rng, wide};
+use crate::elementwise::l2_norm;
 use crate::naive;
 use crate::testing::noise;
 
@@ -15,6 +16,12 @@ struct Case {
     bias: Vec<f32>,
     tail: Vec<f32>,
     dout: Vec<f32>,
+}
+
+impl Case {
+    fn mat(&self) -> MatRef<'_> {
+        MatRef::dense(&self.x, self.x.len() / self.channels, self.channels)
+    }
 }
 
 fn case(seq: usize, channels: usize, d_conv: usize) -> Case {
@@ -48,7 +55,7 @@ fn agrees_with_naive() {
                         );
                         let mut tail = case.tail.clone();
                         let mut out = vec![f32::NAN; seq * channels];
-                        short_conv(&exec, &case.x, &case.weight, bias, channels, &mut tail, &mut out);
+                        short_conv(&exec, case.mat(), &case.weight, bias, &mut tail, &mut out);
                         assert_close("out", &out, &expected, TOLERANCE);
                         assert_eq!(wide(&tail), expected_tail);
                     }
@@ -103,6 +110,30 @@ fn naive_gradient_is_the_derivative() {
     }
 }
 
+#[test]
+fn strided_input_and_unit_heads_change_no_bit() {
+    for exec in execs() {
+        for seq in LENGTHS {
+            for (head_dim, heads) in [(1, 3), (16, 2), (64, 3)] {
+                let (channels, stride) = (head_dim * heads, head_dim * heads + 5);
+                let case = case(seq, channels, 4);
+                let mut spread = noise(9, seq * stride);
+                for (to, from) in spread.chunks_mut(stride).zip(case.x.chunks(channels)) {
+                    to[..channels].copy_from_slice(from);
+                }
+                let (mut tail, mut spread_tail) = (case.tail.clone(), case.tail.clone());
+                let (mut conv, mut expected) = (vec![f32::NAN; case.x.len()], vec![f32::NAN; case.x.len()]);
+                short_conv(&exec, case.mat(), &case.weight, None, &mut tail, &mut conv);
+                l2_norm(&exec, &conv, head_dim, 1e-6, &mut expected);
+                let x = MatRef::new(&spread, seq, channels, stride);
+                let mut out = vec![f32::NAN; case.x.len()];
+                short_conv_unit(&exec, x, &case.weight, (head_dim, 1e-6), &mut spread_tail, &mut out);
+                assert!(out == expected && tail == spread_tail, "{} {seq} {channels}", exec.isa());
+            }
+        }
+    }
+}
+
 proptest! {
     /// Any split into two calls carries the tail, however short the parts.
     #[test]
@@ -114,7 +145,8 @@ proptest! {
                 let (mut tail, mut all) = (case.tail.clone(), Vec::new());
                 for x in parts {
                     let mut out = vec![f32::NAN; x.len()];
-                    short_conv(&exec, x, &case.weight, Some(&case.bias), case.channels, &mut tail, &mut out);
+                    let x = MatRef::dense(x, x.len() / case.channels, case.channels);
+                    short_conv(&exec, x, &case.weight, Some(&case.bias), &mut tail, &mut out);
                     all.extend(out);
                 }
                 (all, tail)
@@ -132,7 +164,8 @@ fn steps_are_the_convolution() {
             let (x, weight) = (noise(1, seq * channels), noise(2, channels * d_conv));
             let mut tail = noise(3, (d_conv - 1) * channels);
             let (mut step_tail, mut expected) = (tail.clone(), vec![f32::NAN; x.len()]);
-            short_conv(&exec, &x, &weight, None, channels, &mut tail, &mut expected);
+            let rows = MatRef::dense(&x, x.len() / channels, channels);
+            short_conv(&exec, rows, &weight, None, &mut tail, &mut expected);
             let taps = short_conv_taps(&weight, channels);
             for (x, expected) in x.chunks(channels).zip(expected.chunks(channels)) {
                 let mut out = vec![f32::NAN; channels];

@@ -75,8 +75,8 @@ struct Call<'a> {
 unsafe impl Sync for Call<'_> {}
 
 /// Causal attention of every job: `out[i, h] = Σ_j softmax_j(scale · q[i,h]·k[j]) v[j]` over the store's positions up
-/// to the query's own. A row's result depends neither on the number of threads nor on the other jobs. 16-bit caches are
-/// multiplied as bfloat16 pairs where the CPU has them and a job has more than 4 rows, everything else in `f32`. Panics
+/// to the query's own, or those of them that the job's [window](super::Window) shows. A row's result depends neither on the number of threads nor on the other jobs. 16-bit caches are
+/// multiplied as bfloat16 pairs where the CPU has them and a job has more than 4 rows or a window, everything else in `f32`. Panics
 /// when shapes do not fit or output columns overlap. Source: arXiv 2205.14135.
 pub fn attend(
     exec: &Exec,
@@ -93,7 +93,8 @@ pub fn attend(
         check(job, group_size);
         let row_stride = job.out.row_stride();
         outs.push(Out { data: job.out.data_mut().as_mut_ptr(), row_stride });
-        work += job.q.rows() * job.q.cols() * job.store.len();
+        let seen = job.window.map_or(usize::MAX, |window| window.tokens + window.sinks);
+        work += job.q.rows() * job.q.cols() * job.store.len().min(seen);
     }
     let jobs: &[AttendJob<'_>] = jobs;
     let wanted = plan(jobs, group_size, tasks);
@@ -119,6 +120,7 @@ pub fn attend(
 fn check(job: &AttendJob<'_>, group: usize) {
     let (kv_heads, head_dim) = (job.store.kv_heads(), job.store.head_dim());
     let (rows, width) = (job.q.rows(), group * head_dim);
+    assert!(job.window.is_none_or(|window| window.tokens > 0), "attend: a window of no tokens");
     assert!(group > 0, "attend: no query heads");
     assert!(rows <= job.store.len(), "attend: {rows} queries, {} positions", job.store.len());
     assert_eq!(job.q.cols(), kv_heads * width, "attend: q columns");
@@ -132,6 +134,11 @@ fn check(job: &AttendJob<'_>, group: usize) {
     }
 }
 
+/// Whether a job is for the decoding kernel: few rows, and all keys to read.
+fn splits_keys(job: &AttendJob<'_>) -> bool {
+    job.q.rows() <= MAX_DECODE_ROWS && job.window.is_none()
+}
+
 /// Values of a decoding task's partial softmax.
 fn partial_values(store: &KvStore, rows: usize) -> usize {
     (rows * (store.layout().panels() * WIDE + 2)).next_multiple_of(WIDE)
@@ -141,7 +148,7 @@ fn partial_values(store: &KvStore, rows: usize) -> usize {
 fn plan(jobs: &[AttendJob<'_>], group: usize, tasks: &mut Vec<Task>) -> usize {
     for (index, job) in jobs.iter().enumerate() {
         let (rows, kv_heads) = (job.q.rows(), job.store.kv_heads());
-        if rows <= MAX_DECODE_ROWS {
+        if splits_keys(job) {
             continue;
         }
         let least = (2 * super::dot::MAX_ROWS).div_ceil(group);
@@ -157,7 +164,7 @@ fn plan(jobs: &[AttendJob<'_>], group: usize, tasks: &mut Vec<Task>) -> usize {
     let mut partial = 0;
     for (index, job) in jobs.iter().enumerate() {
         let (rows, kv_heads) = (job.q.rows(), job.store.kv_heads());
-        if rows == 0 || rows > MAX_DECODE_ROWS {
+        if rows == 0 || !splits_keys(job) {
             continue;
         }
         let pages = job.store.len().div_ceil(PAGE);
@@ -191,7 +198,7 @@ impl Call<'_> {
     /// As [`Call::run`]; the store's format is `F`.
     unsafe fn run_format<F: Format>(&self, task: Task, buffers: &mut Buffers) {
         let job = &self.jobs[task.job];
-        if job.q.rows() <= MAX_DECODE_ROWS {
+        if splits_keys(job) {
             // SAFETY: the caller's contract.
             return unsafe { self.decode::<F>(task, buffers) };
         }
@@ -208,6 +215,7 @@ impl Call<'_> {
             scale: self.scale,
             out: first,
             out_stride: out.row_stride,
+            window: job.window,
         };
         #[cfg(target_arch = "x86_64")]
         if self.isa.level() >= crate::IsaLevel::Avx512Bf16 && job.store.kv_type() != KvType::F32 {
@@ -274,7 +282,7 @@ impl Call<'_> {
             let parts = &tasks[at..at + same.count()];
             at += parts.len();
             let job = &self.jobs[index];
-            if job.q.rows() > MAX_DECODE_ROWS {
+            if !splits_keys(job) {
                 continue;
             }
             let (out, head_dim) = (self.outs[index], job.store.head_dim());

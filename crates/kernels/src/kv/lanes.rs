@@ -55,6 +55,8 @@ pub(super) trait Lanes: Simd {
     fn unzip(self, ab: [Self::W; 2]) -> [Self::W; 2];
     /// Lanes from `n` on become `fill`.
     fn keep_first(self, v: Self::W, n: usize, fill: f32) -> Self::W;
+    /// Lanes `from..to` become `fill`.
+    fn fill_lanes(self, v: Self::W, from: usize, to: usize, fill: f32) -> Self::W;
     /// 2^x with the polynomial `c`: results below the normal range may be 0, `-inf` gives 0, NaN stays NaN.
     fn exp2_with<const N: usize>(self, x: Self::W, c: &[f32; N]) -> Self::W;
     fn max_of(self, v: Self::W) -> f32;
@@ -200,6 +202,14 @@ impl<const FUSED: bool> Lanes for Portable<FUSED> {
         let mut v = v;
         for (i, v) in v.iter_mut().enumerate() {
             *v = if i < n { *v } else { fill };
+        }
+        v
+    }
+    #[inline(always)]
+    fn fill_lanes(self, v: [f32; 16], from: usize, to: usize, fill: f32) -> [f32; 16] {
+        let mut v = v;
+        for (i, v) in v.iter_mut().enumerate() {
+            *v = if i < from || i >= to { *v } else { fill };
         }
         v
     }

@@ -52,6 +52,15 @@ impl KvType {
     }
 }
 
+/// What a query sees of a store besides itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Last positions, the query's own included; at least 1.
+    pub tokens: usize,
+    /// First positions, always seen.
+    pub sinks: usize,
+}
+
 /// One sequence's queries, which are the last `q.rows()` positions of its store.
 #[derive(Debug)]
 pub struct AttendJob<'a> {
@@ -63,4 +72,6 @@ pub struct AttendJob<'a> {
     pub out: MatMut<'a>,
     /// First output column of each KV head's `group_size · head_dim` outputs.
     pub out_columns: &'a [usize],
+    /// Restricts what the queries see; none: every position up to their own.
+    pub window: Option<Window>,
 }

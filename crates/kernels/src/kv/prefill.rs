@@ -1,5 +1,6 @@
 //! Many query rows of one KV head: register tiles on the cache's panels, online softmax, causal.
 
+use super::Window;
 use super::buffers::Buffers;
 use super::dot::{Dot, MAX_ROWS};
 use super::format::{Format, MAX_STEP, even_half};
@@ -26,6 +27,43 @@ pub(super) struct Block<'a> {
     /// Where the output of row `first` of `q`, head 0 of the group, begins, and the distance of two rows.
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
+    pub(super) window: Option<Window>,
+}
+
+/// Columns of a tile that one row sees: all before `end` but those `hidden`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    end: usize,
+    hidden: (usize, usize),
+}
+
+impl Seen {
+    /// The first column that is seen; `end` when none is.
+    fn first(self) -> usize {
+        if self.hidden.0 == 0 { self.hidden.1.min(self.end) } else { 0 }
+    }
+
+    /// The same without the first `columns`, of which none is seen.
+    fn after(self, columns: usize) -> Self {
+        let less = |at: usize| at.saturating_sub(columns);
+        Self { end: less(self.end), hidden: (less(self.hidden.0), less(self.hidden.1)) }
+    }
+}
+
+impl Block<'_> {
+    /// First position that a query at `position` sees after the sinks.
+    fn start(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window.tokens))
+    }
+
+    /// What a query at `position` sees of the `keys` positions from `k0` on.
+    fn seen(&self, position: usize, k0: usize, keys: usize) -> Seen {
+        let end = (position + 1).saturating_sub(k0).min(keys);
+        let Some(Window { sinks, .. }) = self.window else { return Seen { end, hidden: (0, 0) } };
+        let sinks = sinks.saturating_sub(k0).min(end);
+        let start = self.start(position).saturating_sub(k0).max(sinks);
+        if start >= end { Seen { end: sinks, hidden: (0, 0) } } else { Seen { end, hidden: (sinks, start) } }
+    }
 }
 
 /// Panels in use: pointer and distance of two panels in words.
@@ -67,6 +105,9 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
         }
         for k0 in (0..end).step_by(TILE) {
             let keys = (end - k0).min(TILE);
+            if task.window.is_some_and(|w| w.sinks <= k0) && task.start(position) >= k0 + keys {
+                continue;
+            }
             let slab = task.store.slab(k0 / PAGE, task.kv_head);
             let at = k0 % PAGE;
             let (k, v) = (
@@ -99,15 +140,26 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
                 false => Some((slab.k_scales[at..].as_ptr(), slab.v_scales[at..].as_ptr())),
             };
             for r0 in (0..padded).step_by(D::ROWS) {
-                let mut seen = [0; MAX_ROWS];
+                let mut seen = [Seen::default(); MAX_ROWS];
+                let (mut most, mut least) = (0, keys);
                 for (r, seen) in seen.iter_mut().enumerate().take(D::ROWS) {
                     let row = (r0 + r).min(rows - 1);
-                    *seen = (position + row / group + 1).saturating_sub(k0).min(keys);
+                    *seen = task.seen(position + row / group, k0, keys);
+                    most = most.max(seen.end);
+                    least = least.min(seen.first());
                 }
-                let most = seen[D::ROWS - 1];
                 if most == 0 {
                     continue;
                 }
+                let whole = (D::STEPS * D::PAIR).max(WIDE);
+                // Blocks that no row sees are left out, in whole operations.
+                let start = least / whole * whole;
+                let (k, scores, p) =
+                    ((k.0.add(start * head_dim / D::PAIR), k.1), scores.add(start), p.add(start / D::PAIR));
+                let v = (v.0.add(start / D::PAIR * WIDE), v.1);
+                let (most, keys) = (most - start, keys - start);
+                seen.iter_mut().for_each(|seen| *seen = seen.after(start));
+                let scales = scales.map(|(k, v)| (k.add(start), v.add(start)));
                 let blocks = most.div_ceil(WIDE);
                 let queries = (q.add(r0 * q_stride).cast_const(), q_stride);
                 d.tiles(head_dim / D::PAIR, blocks, queries, k, (scores, TILE), None);
@@ -243,8 +295,7 @@ unsafe fn copy_values<D: Dot, F: Format>(d: D, layout: Layout, v: *const u8, key
     }
 }
 
-/// Turns a tile's rows of scores into weights `p` relative to their new maxima, of which row `r` sees the first `seen[r]`;
-/// returns what the earlier sums are to be multiplied by.
+/// Turns a tile's rows of scores into weights `p` relative to their new maxima, of which row `r` sees `seen[r]`; returns what the earlier sums are to be multiplied by.
 ///
 /// # Safety
 /// `scores` is `[ROWS, 128]`, `p` has `ROWS` rows of a tile's coefficients, `max` and `sum` have 16 values, the scales
@@ -254,7 +305,7 @@ unsafe fn weigh<D: Dot>(
     d: D,
     scores: *mut f32,
     blocks: usize,
-    seen: &[usize; MAX_ROWS],
+    seen: &[Seen; MAX_ROWS],
     scales: Option<(*const f32, *const f32)>,
     (max, sum): (*mut f32, *mut f32),
     (p, p_stride): (*mut u32, usize),
@@ -267,7 +318,8 @@ unsafe fn weigh<D: Dot>(
         for r in 0..D::ROWS {
             let scores = scores.add(r * TILE);
             let mut most = s.splat16(f32::NEG_INFINITY);
-            if scales.is_none() && seen[r] == TILE {
+            let Seen { end, hidden } = seen[r];
+            if scales.is_none() && end == TILE && hidden.0 == hidden.1 {
                 let mut other = most;
                 for block in 0..TILE / WIDE / 2 {
                     most = s.max16(most, s.load16(scores.add(2 * block * WIDE)));
@@ -281,8 +333,12 @@ unsafe fn weigh<D: Dot>(
                     if let Some((k_scales, _)) = scales {
                         x = s.mul16(x, s.load16(k_scales.add(at)));
                     }
-                    if seen[r] < at + WIDE {
-                        x = s.keep_first(x, seen[r].saturating_sub(at), f32::NEG_INFINITY);
+                    if end < at + WIDE {
+                        x = s.keep_first(x, end.saturating_sub(at), f32::NEG_INFINITY);
+                    }
+                    if hidden.0 < at + WIDE && hidden.1 > at {
+                        let (from, to) = (hidden.0.saturating_sub(at), hidden.1 - at);
+                        x = s.fill_lanes(x, from, to, f32::NEG_INFINITY);
                     }
                     s.store16(x, scores.add(at));
                     most = s.max16(most, x);
@@ -315,9 +371,9 @@ unsafe fn weigh<D: Dot>(
                 total = s.add16(total, x);
                 if let Some((_, v_scales)) = scales {
                     x = s.mul16(x, s.load16(v_scales.add(at)));
-                    if seen[r] < at + WIDE {
+                    if seen[r].end < at + WIDE {
                         // 0 · NaN of an unused slot's scale.
-                        x = s.keep_first(x, seen[r].saturating_sub(at), 0.0);
+                        x = s.keep_first(x, seen[r].end.saturating_sub(at), 0.0);
                     }
                 }
                 d.store_coefficients(x, p.add(at / D::PAIR));

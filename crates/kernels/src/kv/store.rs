@@ -226,7 +226,7 @@ impl KvStore {
             let (k, v) = (k.columns(kv_head * head_dim, head_dim), v.columns(kv_head * head_dim, head_dim));
             write_slab(exec, layout, slab, from % PAGE, k, v);
         };
-        let pages = self.pages[first_page..].iter_mut().enumerate();
+        let pages = self.pages[first_page..end.div_ceil(PAGE)].iter_mut().enumerate();
         if 2 * rows * width < MIN_PARALLEL_VALUES || exec.threads() == 1 {
             for (i, page) in pages {
                 let page = Arc::make_mut(page).bytes_mut();
@@ -244,6 +244,11 @@ impl KvStore {
             exec.parallel_items(slabs, |_, (page, kv_head, slab)| write(page, kv_head, slab));
         }
         self.len = end;
+    }
+
+    /// Forgets every position and keeps the pages for what comes next.
+    pub fn clear(&mut self) {
+        self.len = 0;
     }
 
     /// Forgets the positions from `len` on and frees their pages. Panics when fewer are cached.

@@ -32,8 +32,10 @@ impl Shape {
         }
         store
     }
-    fn tolerance(self, exec: &Exec, t: usize) -> f64 {
-        let pairs = exec.isa().level() >= IsaLevel::Avx512Bf16 && self.kind != KvType::F32 && t > 4;
+    fn tolerance(self, exec: &Exec, t: usize, window: Option<Window>) -> f64 {
+        let pairs = exec.isa().level() >= IsaLevel::Avx512Bf16
+            && self.kind != KvType::F32
+            && (t > 4 || window.is_some());
         if pairs { BF16_TOLERANCE } else { F32_TOLERANCE }
     }
     fn q_width(self) -> usize {
@@ -47,6 +49,7 @@ fn attend_one(
     shape: Shape,
     store: &KvStore,
     q: &[f32],
+    window: Option<Window>,
     scratch: &mut AttendScratch,
 ) -> Vec<f32> {
     let width = shape.q_width();
@@ -58,19 +61,31 @@ fn attend_one(
         q: MatRef::dense(q, t, width),
         out: MatMut::dense(&mut out, t, width),
         out_columns: &columns,
+        window,
     };
     attend(exec, shape.group, shape.scale(), &mut [job], scratch);
     out
 }
 
 fn check(exec: &Exec, shape: Shape, len: usize, t: usize, scratch: &mut AttendScratch) {
+    check_seen(exec, shape, len, t, None, scratch);
+}
+
+fn check_seen(
+    exec: &Exec,
+    shape: Shape,
+    len: usize,
+    t: usize,
+    window: Option<Window>,
+    scratch: &mut AttendScratch,
+) {
     let store = shape.store(exec, len, len);
     let q = noise(3, t * shape.q_width());
-    let got = attend_one(exec, shape, &store, &q, scratch);
+    let got = attend_one(exec, shape, &store, &q, window, scratch);
     let q = MatRef::dense(&q, t, shape.q_width());
-    let want = naive::kv::attend(&store, q, shape.group, shape.scale());
-    let what = format!("{} {shape:?} len {len} t {t}", exec.isa());
-    assert_close(&what, &got, &want, shape.tolerance(exec, t));
+    let want = naive::kv::attend(&store, q, shape.group, shape.scale(), window);
+    let what = format!("{} {shape:?} len {len} t {t} {window:?}", exec.isa());
+    assert_close(&what, &got, &want, shape.tolerance(exec, t, window));
 }
 
 #[test]
@@ -90,6 +105,34 @@ fn agrees_with_naive_at_odd_lengths() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn windows_agree_with_naive_at_odd_lengths() {
+    let mut scratch = AttendScratch::new();
+    for exec in execs() {
+        for kind in KvType::ALL {
+            let shape = Shape { kind, kv_heads: 2, group: 3, dim: 32 };
+            for (tokens, sinks) in [(64, 1), (64, 0), (1, 0), (1, 4), (16, 3), (130, 130), (7, 300)] {
+                let window = Some(Window { tokens, sinks });
+                for (len, t) in [(1, 1), (40, 40), (65, 3), (129, 128), (300, 1), (300, 257), (577, 512)] {
+                    check_seen(&exec, shape, len, t, window, &mut scratch);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_window_of_everything_changes_no_bit() {
+    for exec in execs() {
+        let shape = Shape { kind: KvType::F16, kv_heads: 1, group: 3, dim: 64 };
+        let (store, q) = (shape.store(&exec, 300, 300), noise(3, 200 * shape.q_width()));
+        let mut scratch = AttendScratch::new();
+        let all = attend_one(&exec, shape, &store, &q, None, &mut scratch);
+        let window = Some(Window { tokens: 300, sinks: 0 });
+        assert!(attend_one(&exec, shape, &store, &q, window, &mut scratch) == all, "{}", exec.isa());
     }
 }
 
@@ -127,9 +170,9 @@ fn threads_chunks_and_neighbours_do_not_change_a_bit() {
             let (len, width) = (700, shape.q_width());
             let store = shape.store(&execs[0], len, len);
             let q = noise(3, len * width);
-            let full = attend_one(&execs[0], shape, &store, &q, &mut scratch);
+            let full = attend_one(&execs[0], shape, &store, &q, None, &mut scratch);
             for exec in &execs {
-                assert!(attend_one(exec, shape, &store, &q, &mut scratch) == full, "{isa} {kind:?}");
+                assert!(attend_one(exec, shape, &store, &q, None, &mut scratch) == full, "{isa} {kind:?}");
                 // Growing as a chunked prefill does.
                 for chunk in [64, 257] {
                     let grown = shape.store(exec, len, chunk);
@@ -138,15 +181,21 @@ fn threads_chunks_and_neighbours_do_not_change_a_bit() {
                         let mut part = grown.clone();
                         part.truncate(end);
                         part.poison();
-                        let got =
-                            attend_one(exec, shape, &part, &q[first * width..end * width], &mut scratch);
+                        let got = attend_one(
+                            exec,
+                            shape,
+                            &part,
+                            &q[first * width..end * width],
+                            None,
+                            &mut scratch,
+                        );
                         assert!(got == full[first * width..end * width], "{isa} {kind:?} {first}");
                     }
                 }
                 let last = &q[(len - 1) * width..];
-                let alone = attend_one(&execs[0], shape, &store, last, &mut scratch);
-                assert!(attend_one(exec, shape, &store, last, &mut scratch) == alone, "{isa} {kind:?}");
-                let tolerance = shape.tolerance(exec, len);
+                let alone = attend_one(&execs[0], shape, &store, last, None, &mut scratch);
+                assert!(attend_one(exec, shape, &store, last, None, &mut scratch) == alone, "{isa} {kind:?}");
+                let tolerance = shape.tolerance(exec, len, None);
                 let want: Vec<f64> = full[(len - 1) * width..].iter().copied().map(f64::from).collect();
                 assert_close("decode and prefill", &alone, &want, tolerance + F32_TOLERANCE);
             }
@@ -170,12 +219,12 @@ fn several_jobs_write_their_own_columns() {
             let mut jobs = Vec::new();
             for (((store, q), out), &(_, t)) in stores.iter().zip(&queries).zip(&mut outs).zip(&sizes) {
                 let (q, out) = (MatRef::dense(q, t, width), MatMut::new(out, t, cols, stride));
-                jobs.push(AttendJob { store, q, out, out_columns: &columns });
+                jobs.push(AttendJob { store, q, out, out_columns: &columns, window: None });
             }
             let mut scratch = AttendScratch::new();
             attend(&exec, shape.group, shape.scale(), &mut jobs, &mut scratch);
             for (((store, q), out), &(_, t)) in stores.iter().zip(&queries).zip(&outs).zip(&sizes) {
-                let alone = attend_one(&exec, shape, store, q, &mut scratch);
+                let alone = attend_one(&exec, shape, store, q, None, &mut scratch);
                 for i in 0..t {
                     let row = &out[i * stride..][..stride];
                     for (h, &column) in columns.iter().enumerate() {
@@ -201,16 +250,16 @@ fn huge_scores_and_their_ties_stay_finite() {
                 store.append(&exec, MatRef::dense(&k, len, 16), MatRef::dense(&v, len, 16));
                 store.poison();
                 let q: Vec<f32> = noise(3, t * width).iter().map(|x| x * 50.0).collect();
-                let got = attend_one(&exec, shape, &store, &q, &mut AttendScratch::new());
+                let got = attend_one(&exec, shape, &store, &q, None, &mut AttendScratch::new());
                 assert!(got.iter().all(|x| x.abs() <= 1.01), "{kind:?} {t}");
                 // Equal keys: the mean of the visible values.
                 let mut store = KvStore::new(kind, 1, 16);
                 store.append(&exec, MatRef::dense(&[500.0; 20 * 16], 20, 16), MatRef::dense(&v, 20, 16));
                 let q = vec![-50.0; t * width];
-                let got = attend_one(&exec, shape, &store, &q, &mut AttendScratch::new());
+                let got = attend_one(&exec, shape, &store, &q, None, &mut AttendScratch::new());
                 let q = MatRef::dense(&q, t, width);
-                let want = naive::kv::attend(&store, q, 2, shape.scale());
-                assert_close("ties", &got, &want, shape.tolerance(&exec, t));
+                let want = naive::kv::attend(&store, q, 2, shape.scale(), None);
+                assert_close("ties", &got, &want, shape.tolerance(&exec, t, None));
             }
         }
     }
@@ -224,7 +273,7 @@ fn nan_in_a_query_stays_in_its_rows() {
         for t in [2, 9] {
             let mut q = noise(3, t * 16);
             q[3] = f32::NAN;
-            let got = attend_one(&exec, shape, &store, &q, &mut AttendScratch::new());
+            let got = attend_one(&exec, shape, &store, &q, None, &mut AttendScratch::new());
             assert!(got[..16].iter().all(|x| x.is_nan()) && got[16..].iter().all(|x| x.is_finite()));
         }
     }
@@ -342,6 +391,25 @@ fn forks_are_independent_and_share_pages() {
 }
 
 #[test]
+fn a_cleared_store_is_as_new() {
+    let mut scratch = AttendScratch::new();
+    for exec in execs() {
+        let shape = Shape { kind: KvType::F16, kv_heads: 2, group: 3, dim: 32 };
+        let (long, width) = (700, shape.kv_heads * shape.dim);
+        let mut reused = shape.store(&exec, long, long);
+        for len in [3, 300, 257] {
+            reused.clear();
+            let (k, v) = (noise(1, len * width), noise(2, len * width));
+            reused.append(&exec, MatRef::dense(&k, len, width), MatRef::dense(&v, len, width));
+            let q = noise(3, len * shape.q_width());
+            let new = attend_one(&exec, shape, &shape.store(&exec, len, len), &q, None, &mut scratch);
+            assert_eq!(reused.len(), len);
+            assert!(attend_one(&exec, shape, &reused, &q, None, &mut scratch) == new, "{} {len}", exec.isa());
+        }
+    }
+}
+
+#[test]
 fn sizes_follow_the_layout() {
     let exec = execs().remove(0);
     for kind in KvType::ALL {
@@ -368,6 +436,7 @@ fn overlapping_output_columns_are_refused() {
         q: MatRef::dense(&q, 1, 32),
         out: MatMut::dense(&mut out, 1, 32),
         out_columns: &[0, 15],
+        window: None,
     };
     attend(&exec, 1, 1.0, &mut [job], &mut AttendScratch::new());
 }

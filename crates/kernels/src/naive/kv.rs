@@ -1,11 +1,11 @@
 //! Naive f64 reference of attention over a KV cache: every score of every stored key is formed.
 
 use crate::MatRef;
-use crate::kv::KvStore;
+use crate::kv::{KvStore, Window};
 
 /// Output `[t, kv_heads · group · head_dim]` of the queries `q` of the same shape, which are the last `t` positions of
 /// the store; computed over the values as stored. See [`crate::kv::attend()`].
-pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32) -> Vec<f64> {
+pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32, window: Option<Window>) -> Vec<f64> {
     let (kv_heads, head_dim, len) = (store.kv_heads(), store.head_dim(), store.len());
     let mut out = vec![0.0; q.rows() * q.cols()];
     let (mut k, mut v) = (vec![0.0; head_dim], vec![0.0; head_dim]);
@@ -24,7 +24,10 @@ pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32) -> Vec<f
                     q_row.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum()
                 };
                 let visible = len - q.rows() + i + 1;
-                let scores: Vec<f64> = keys[..visible].iter().map(|k| f64::from(scale) * dot(k)).collect();
+                let seen = |j: usize| window.is_none_or(|w| j + w.tokens >= visible || j < w.sinks);
+                let score =
+                    |j: usize| if seen(j) { f64::from(scale) * dot(&keys[j]) } else { f64::NEG_INFINITY };
+                let scores: Vec<f64> = (0..visible).map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
                 let out = &mut out[i * q.cols() + at..][..head_dim];

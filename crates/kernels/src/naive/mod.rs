@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod conv;
 pub mod elementwise;
+pub mod gate;
 pub mod gated_delta;
 pub mod gemm;
 pub mod kv;

@@ -257,9 +257,11 @@ impl Target<'_> {
         });
     }
 
-    /// Whether a tile goes to the output as it is, all of its columns existing there.
+    /// Whether a tile goes to the output as it is, all of its columns existing there and none of them having a bias.
     fn plain(&self, at: TileAt) -> bool {
-        self.up.is_none() && self.bias.is_none() && (at.panel + at.panels) * PANEL <= self.weight.rows()
+        let (first, end) = (at.panel * PANEL, (at.panel + at.panels) * PANEL);
+        let no_bias = |bias: &[f32]| bias[first..end].iter().all(|&b| b == 0.0);
+        self.up.is_none() && end <= self.weight.rows() && self.bias.is_none_or(no_bias)
     }
 
     /// Writes a tile to the output.

@@ -1,5 +1,6 @@
 //! One layer of the engine: packed weights and its pass over the rows of one or several sequences.
 
+use super::windows::Columns;
 use super::workspace::Workspace;
 use crate::cache::LayerCache;
 use crate::mixers::{
@@ -7,10 +8,11 @@ use crate::mixers::{
     StepWeights,
 };
 use crate::plan::RecurrentKind;
-use kernels::kv::AttendJob;
+use kernels::kv::{AttendJob, KvType};
 use kernels::packed::{Packed, Product, matmul, matmul_swiglu};
 use kernels::{Exec, MatMut, MatRef, Precision, Store, elementwise};
 use smallvec::SmallVec;
+use std::ops::Range;
 use weights::ModelConfig;
 
 /// Projections of the layer input that are stored in one type: one product.
@@ -74,6 +76,8 @@ pub(super) struct Pass<'a> {
     pub config: &'a ModelConfig,
     pub head: Option<HeadLayout>,
     pub inv_freq: &'a [f64],
+    /// Of the sequences' caches.
+    pub kv_type: KvType,
 }
 
 impl Layer {
@@ -164,6 +168,7 @@ impl Layer {
                 q: view(kept.q, s),
                 out: MatMut::dense(out, seq, width),
                 out_columns: &kept.out_columns,
+                window: None,
             });
         }
         let scale = 1.0 / (head_dim as f32).sqrt();
@@ -175,78 +180,57 @@ impl Layer {
         let Some(layout) = pass.head.filter(|_| !self.converted.is_empty()) else { return };
         let Pass { exec, config, .. } = *pass;
         let (width, per_group) = (config.heads * config.head_dim, layout.d_inner());
-        self.rotate_windows(pass, &layout, ws);
+        let columns = Columns::new(&layout, self.converted.len());
+        let windows = layout.rotated_width() > 0;
+        if windows {
+            self.rotate_windows(pass, columns, ws);
+        }
         // No sequence is without rows.
         if ws.positions.len() == memories.len() && self.converted.iter().all(|group| group.step.is_some()) {
-            return self.step(pass, &layout, ws, memories);
+            return self.step(pass, &layout, columns, ws, memories);
         }
-        let rotated_width = layout.rotated_width();
-        let stride = self.converted.len() * rotated_width;
-        let mut jobs = Vec::with_capacity(self.converted.len() * memories.len());
+        if windows {
+            self.attend_windows(pass, &layout, columns, ws, memories);
+        } else {
+            for row in ws.heads.chunks_exact_mut(width) {
+                self.converted.iter().for_each(|c| row[c.group * per_group..][..per_group].fill(0.0));
+            }
+        }
+        let mut heads = ws.heads.as_mut_slice();
+        let (projected, starts) = (&ws.projected, &ws.starts);
+        let mut jobs = Vec::with_capacity(memories.len());
         for (s, memory) in memories.iter_mut().enumerate() {
-            let caches = memory.heads.iter_mut().flatten();
-            let groups = self.converted.iter().enumerate();
-            jobs.extend(groups.zip(caches).map(|((i, group), cache)| (i, group, s, cache)));
+            let rows = starts[s]..starts[s + 1];
+            let out = heads.split_off_mut(..rows.len() * width).expect("rows of all sequences");
+            jobs.push((rows, memory, out));
         }
-        let inner = if jobs.len() == 1 { exec.clone() } else { exec.single() };
-        let inner = inner.with_precision(pass.precision).expect("a precision that this CPU has");
-        let outputs = exec.parallel_map_items(jobs, |_, (i, group, s, cache)| {
-            let rows = ws.rows(s);
-            let seq = rows.len();
-            let mut inputs = HeadInputs::from_projections(&layout, |b| self.columns(group.blocks[b], s, ws));
-            if rotated_width > 0 {
-                let rows = &ws.rotated[rows.start * stride..rows.end * stride];
-                let columns = |start, width| dense(rows, stride, i * rotated_width + start, width);
-                inputs = inputs.with_rotated(columns(0, per_group), columns(per_group, config.head_dim));
+        let run = |inner: &Exec, (rows, memory, out): (Range<usize>, &mut &mut LayerCache, &mut [f32])| {
+            for (group, cache) in self.converted.iter().zip(memory.heads.iter_mut().flatten()) {
+                let inputs = HeadInputs::from_projections(&layout, |b| {
+                    let Block { segment, column, width } = group.blocks[b];
+                    let stride = self.segments[segment].weight.rows();
+                    let from = &projected[segment][rows.start * stride + column..];
+                    MatRef::new(from, rows.len(), width, stride)
+                });
+                let env = HeadEnv {
+                    layout,
+                    weights: HeadView { values: group.tensors.iter().map(Vec::as_slice).collect() },
+                    base: self.base_group(config),
+                    inv_freq: pass.inv_freq,
+                };
+                let out = &mut out[group.group * per_group..];
+                let out = MatMut::new(out, rows.len(), per_group, width);
+                mixers::recur_projected(inner, &env, inputs, cache, out);
             }
-            let env = HeadEnv {
-                layout,
-                weights: HeadView { values: group.tensors.iter().map(Vec::as_slice).collect() },
-                base: self.base_group(config),
-                inv_freq: pass.inv_freq,
-            };
-            let mut y = vec![0.0; seq * per_group];
-            let target = MatMut::dense(&mut y, seq, per_group);
-            mixers::forward_projected(&inner, &env, inputs, cache, target);
-            (group.group, s, y)
-        });
-        for (group, s, y) in outputs {
-            let rows = ws.rows(s);
-            let rows = ws.heads[rows.start * width..rows.end * width].chunks_exact_mut(width);
-            for (out, y) in rows.zip(y.chunks_exact(per_group)) {
-                out[group * per_group..][..per_group].copy_from_slice(y);
-            }
+        };
+        let inner = |exec: Exec| exec.with_precision(pass.precision).expect("a precision that this CPU has");
+        if jobs.len() < exec.threads() {
+            let inner = inner(exec.clone());
+            jobs.into_iter().for_each(|job| run(&inner, job));
+        } else {
+            let inner = inner(exec.single());
+            exec.parallel_items(jobs, |_, job| run(&inner, job));
         }
-    }
-
-    /// Queries and keys of all windows after norm and RoPE into `ws.rotated`, one group after another in every row.
-    fn rotate_windows(&self, pass: &Pass<'_>, layout: &HeadLayout, ws: &mut Workspace) {
-        let (width, per_group) = (layout.rotated_width(), layout.d_inner());
-        if width == 0 {
-            return;
-        }
-        let Pass { exec, config, .. } = *pass;
-        let (rows, stride) = (ws.positions.len(), self.converted.len() * width);
-        ws.rotated.resize(rows * stride, 0.0);
-        for (i, group) in self.converted.iter().enumerate() {
-            let [.., q, k, _] = group.blocks[..] else { panic!("a window has queries, keys and values") };
-            for (block, start) in [(q, i * width), (k, i * width + per_group)] {
-                let source = self.segments[block.segment].weight.rows();
-                let from = ws.projected[block.segment].chunks_exact(source);
-                for (to, from) in ws.rotated.chunks_exact_mut(stride).zip(from) {
-                    to[start..start + block.width].copy_from_slice(&from[block.column..][..block.width]);
-                }
-            }
-            for (norm, start, columns) in
-                [(&self.q_norm, i * width, per_group), (&self.k_norm, i * width + per_group, config.head_dim)]
-            {
-                if let Some(norm) = norm {
-                    let values = &mut ws.rotated[start..];
-                    norm_heads(exec, values, (rows, columns, stride), norm, config.rms_eps, &mut ws.normed);
-                }
-            }
-        }
-        ws.rope.rotate(exec, MatMut::dense(&mut ws.rotated, rows, stride), config.head_dim);
     }
 
     /// One token of every sequence through the converted groups.
@@ -254,6 +238,7 @@ impl Layer {
         &self,
         pass: &Pass<'_>,
         layout: &HeadLayout,
+        columns: Columns,
         ws: &mut Workspace,
         memories: &mut [&mut LayerCache],
     ) {
@@ -273,8 +258,7 @@ impl Layer {
             }
         }
         let (projected, rotated) = (&ws.projected, &ws.rotated);
-        let (rotated_width, recurrent) =
-            (layout.rotated_width(), layout.spec.recurrent != RecurrentKind::None);
+        let (windows, recurrent) = (layout.rotated_width() > 0, layout.spec.recurrent != RecurrentKind::None);
         let single = exec.single();
         exec.parallel_chunks(&mut jobs, 1, |_, job| {
             let StepJob { i, s, cache, scratch, out } = &mut job[0];
@@ -286,10 +270,13 @@ impl Layer {
                 &projected[segment][s * stride + column..][..width]
             };
             let last = group.blocks.len();
-            let at = (s * self.converted.len() + i) * rotated_width;
-            let (rotated_q, rotated_k) = match rotated_width {
-                0 => (&[][..], &[][..]),
-                n => rotated[at..at + n].split_at(per_group),
+            let row = s * columns.stride();
+            let (rotated_q, rotated_k) = match windows {
+                false => (&[][..], &[][..]),
+                true => (
+                    &rotated[row + columns.q(i)..][..per_group],
+                    &rotated[row + columns.k(i)..][..config.head_dim],
+                ),
             };
             let rate = |b| if recurrent { block(b) } else { &[] };
             let inputs = StepInputs {
@@ -305,13 +292,6 @@ impl Layer {
             let step = group.step.as_ref().expect("checked by the caller");
             step.step(&single, inputs, cache, scratch, out);
         });
-    }
-
-    /// A block of sequence `s`, dense `[seq, width]`.
-    fn columns(&self, block: Block, s: usize, ws: &Workspace) -> Vec<f32> {
-        let (stride, rows) = (self.segments[block.segment].weight.rows(), ws.rows(s));
-        let rows = &ws.projected[block.segment][rows.start * stride..rows.end * stride];
-        dense(rows, stride, block.column, block.width)
     }
 
     /// What a head reads of the base besides projections: the norms.
@@ -341,15 +321,6 @@ struct StepJob<'a> {
     out: &'a mut [f32],
 }
 
-/// Columns `start..start + width` of rows of `stride` values.
-fn dense(rows: &[f32], stride: usize, start: usize, width: usize) -> Vec<f32> {
-    let mut values = Vec::with_capacity(rows.len() / stride * width);
-    for row in rows.chunks_exact(stride) {
-        values.extend_from_slice(&row[start..start + width]);
-    }
-    values
-}
-
 /// Adds `input · weightᵀ` to the residual stream.
 fn accumulate(exec: &Exec, input: &kernels::packed::Input, weight: &Packed, h: &mut [f32], rows: usize) {
     let out = MatMut::dense(h, rows, weight.rows());
@@ -357,7 +328,7 @@ fn accumulate(exec: &Exec, input: &kernels::packed::Input, weight: &Packed, h: &
 }
 
 /// RMS norm of every head of strided rows, in place.
-fn norm_heads(
+pub(super) fn norm_heads(
     exec: &Exec,
     values: &mut [f32],
     (rows, width, stride): (usize, usize, usize),

@@ -4,6 +4,7 @@
 mod build;
 mod layer;
 mod source;
+mod windows;
 mod workspace;
 
 use crate::cache::{Cache, CacheShape};
@@ -336,7 +337,14 @@ impl Engine {
             KvType::F32 => Precision::F32,
             _ => exec.fastest_precision(),
         };
-        let pass = Pass { exec, precision, config: &self.config, head: self.head, inv_freq: &self.inv_freq };
+        let pass = Pass {
+            exec,
+            precision,
+            config: &self.config,
+            head: self.head,
+            inv_freq: &self.inv_freq,
+            kv_type: self.cache.kv_type,
+        };
         for (l, layer) in self.layers.iter().enumerate() {
             let mut memories: SmallVec<[_; 4]> =
                 caches.iter_mut().map(|cache| &mut cache.layers[l]).collect();

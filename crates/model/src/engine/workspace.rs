@@ -1,10 +1,10 @@
 //! Buffers of a pass, allocated once and reused from token to token.
 
+use super::windows::WindowStores;
 use crate::mixers::StepScratch;
 use kernels::kv::AttendScratch;
 use kernels::packed::Input;
 use kernels::rope::RopeTable;
-use std::ops::Range;
 
 /// Every activation that is alive within a pass.
 pub(super) struct Workspace {
@@ -18,8 +18,10 @@ pub(super) struct Workspace {
     pub heads: Vec<f32>,
     /// `silu(gate) · up`, `[rows, d_ff]`.
     pub active: Vec<f32>,
-    /// Rotated queries and keys of windows, `[rows, converted · (group_size + 1) · head_dim]`.
+    /// Rotated queries and keys of windows, and their values, in the order of [`Columns`](super::windows::Columns).
     pub rotated: Vec<f32>,
+    /// Keys and values that windows see.
+    pub windows: WindowStores,
     /// Of steps of converted groups.
     pub steps: Vec<StepScratch>,
     /// Of norms of queries and keys.
@@ -33,11 +35,6 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    /// Rows of sequence `s`.
-    pub fn rows(&self, s: usize) -> Range<usize> {
-        self.starts[s]..self.starts[s + 1]
-    }
-
     /// Empty buffers for a model of these RoPE frequencies.
     pub fn new(inv_freq: &[f64]) -> Self {
         Self {
@@ -47,6 +44,7 @@ impl Workspace {
             heads: Vec::new(),
             active: Vec::new(),
             rotated: Vec::new(),
+            windows: WindowStores::default(),
             steps: Vec::new(),
             normed: Default::default(),
             positions: Vec::new(),

@@ -119,7 +119,8 @@ pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_
     let decays = layout.decays();
     let dt = Linear::new(w.dt, Some(w.dt_bias)).forward(&ctx, x, decays);
     let input = Linear::new(w.input, Some(w.input_bias)).forward(&ctx, x, decays);
-    let (_, y) = qkv::recurrence(&ctx, &w, &raw, dt, input, &mut cache, Form::Chunked);
+    let (raw, rates) = (raw.view(seq, layout.dims), [&dt, &input].map(|x| MatRef::dense(x, seq, decays)));
+    let y = qkv::recurrence(&ctx, &w, raw, rates, &mut cache, Form::Chunked).y;
     let mut gain = Vec::with_capacity(d_inner);
     let mut rest = vec![0.0; head_dim];
     for head in 0..q_heads {

@@ -1,8 +1,9 @@
 //! Every projection of the layer input that a converted group reads, in one order, whoever computes them.
 //! Knows names and shapes; the arithmetic of the recurrences is elsewhere.
 
-use super::{Ctx, HeadDims, HeadLayout, Linear, NamedTensors, Qkv};
+use super::{Ctx, HeadDims, HeadLayout, Linear, NamedTensors, Qkv, QkvRef};
 use crate::plan::RecurrentKind;
+use kernels::MatRef;
 
 /// Where the rows of a projection come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,31 +35,54 @@ pub struct ProjectionInfo {
 }
 
 /// All projections of a chunk of `T` tokens, biases included.
-pub struct HeadInputs {
+#[derive(Clone, Copy)]
+pub struct HeadInputs<'a> {
     /// What the local branch and a q/k/v recurrence read.
-    pub(super) qkv: Option<Qkv>,
-    /// Queries and keys after norm and RoPE, where the caller made them.
-    pub(super) rotated: Option<(Vec<f32>, Vec<f32>)>,
-    pub(super) recurrent: RecurrentInputs,
+    pub(super) qkv: Option<QkvRef<'a>>,
+    pub(super) recurrent: RecurrentInputs<MatRef<'a>>,
 }
 
 /// What only the recurrence reads.
-pub(super) enum RecurrentInputs {
+#[derive(Clone, Copy)]
+pub(super) enum RecurrentInputs<T> {
     None,
     Mamba {
         /// `[T, G·D]`.
-        u: Vec<f32>,
+        u: T,
         /// `[T, G·D]`.
-        z: Vec<f32>,
+        z: T,
     },
     Qkv {
         /// Gate logits `[T, G·D]`.
-        gate: Vec<f32>,
+        gate: T,
         /// `[T, decays]`.
-        dt: Vec<f32>,
+        dt: T,
         /// `in_scale` or `beta` logits, `[T, decays]`.
-        input: Vec<f32>,
+        input: T,
     },
+}
+
+/// [`HeadInputs`] of its own.
+pub(super) struct Projected {
+    pub qkv: Option<Qkv>,
+    pub recurrent: RecurrentInputs<Vec<f32>>,
+}
+
+impl RecurrentInputs<Vec<f32>> {
+    /// The same values, `seq` rows each.
+    pub fn view(&self, seq: usize) -> RecurrentInputs<MatRef<'_>> {
+        match self {
+            Self::None => RecurrentInputs::None,
+            Self::Mamba { u, z } => RecurrentInputs::Mamba { u: rows(u, seq), z: rows(z, seq) },
+            Self::Qkv { gate, dt, input } => {
+                RecurrentInputs::Qkv { gate: rows(gate, seq), dt: rows(dt, seq), input: rows(input, seq) }
+            }
+        }
+    }
+}
+
+fn rows(x: &[f32], seq: usize) -> MatRef<'_> {
+    MatRef::dense(x, seq, x.len().checked_div(seq).unwrap_or(0))
 }
 
 impl HeadLayout {
@@ -101,9 +125,9 @@ impl HeadLayout {
     }
 }
 
-impl HeadInputs {
-    /// Inputs from finished projections: `projection(i)` gives the `i`-th of [`HeadLayout::projections`], dense `[T, rows]`.
-    pub fn from_projections(layout: &HeadLayout, mut projection: impl FnMut(usize) -> Vec<f32>) -> Self {
+impl<'a> HeadInputs<'a> {
+    /// Inputs from finished projections: `projection(i)` gives the `i`-th of [`HeadLayout::projections`], `[T, rows]`.
+    pub fn from_projections(layout: &HeadLayout, mut projection: impl FnMut(usize) -> MatRef<'a>) -> Self {
         let mut count = 0..layout.projections().len();
         let mut next = || projection(count.next().expect("as many projections as the layout lists"));
         let recurrent = match layout.spec.recurrent {
@@ -114,17 +138,14 @@ impl HeadInputs {
             }
         };
         let has_qkv = layout.has_local() || matches!(recurrent, RecurrentInputs::Qkv { .. });
-        let qkv = has_qkv.then(|| Qkv { q: next(), k: next(), v: next() });
-        Self { qkv, rotated: None, recurrent }
+        let qkv = has_qkv.then(|| QkvRef { q: next(), k: next(), v: next() });
+        Self { qkv, recurrent }
     }
+}
 
-    /// Queries `[T, G·D]` and keys `[T, D]` of the local branch, after norm and RoPE.
-    pub fn with_rotated(self, q: Vec<f32>, k: Vec<f32>) -> Self {
-        Self { rotated: Some((q, k)), ..self }
-    }
-
+impl Projected {
     /// Projects `ctx.x` with the group's own f32 tensors.
-    pub(super) fn project<'a>(ctx: &Ctx<'a>, weights: &NamedTensors<&'a [f32]>) -> Self {
+    pub fn new<'a>(ctx: &Ctx<'a>, weights: &NamedTensors<&'a [f32]>) -> Self {
         let (x, d_inner, decays) = (ctx.x, ctx.env.layout.d_inner(), ctx.env.layout.decays());
         let recurrent = match weights {
             NamedTensors::None => RecurrentInputs::None,
@@ -141,6 +162,6 @@ impl HeadInputs {
                 input: Linear::new(w.input, Some(w.input_bias)).forward(ctx, x, decays),
             },
         };
-        Self { qkv: ctx.shared_projections(weights).map(|p| p.forward(ctx)), rotated: None, recurrent }
+        Self { qkv: ctx.shared_projections(weights).map(|p| p.forward(ctx)), recurrent }
     }
 }

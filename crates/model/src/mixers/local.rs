@@ -38,7 +38,7 @@ pub(super) fn forward(
         out,
         None,
     );
-    ring.push(seen, k, v);
+    ring.push(seen, MatRef::dense(k, seq, head_dim), MatRef::dense(v, seq, head_dim));
 }
 
 /// [`forward`] of a whole sequence, keeping what [`backward`] needs.

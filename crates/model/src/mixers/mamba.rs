@@ -10,9 +10,14 @@ use kernels::{MatMut, MatRef, elementwise};
 /// What the backward pass reads; everything else is recomputed.
 pub(super) struct MambaSaved {
     /// Before the conv, `[T, G·D]`.
-    u: Vec<f32>,
+    pub u: Vec<f32>,
     /// Gate logits, `[T, G·D]`.
-    z: Vec<f32>,
+    pub z: Vec<f32>,
+    pub scanned: Scanned,
+}
+
+/// What the forward pass computes on its way.
+pub(super) struct Scanned {
     selection: Selection,
     y: Vec<f32>,
 }
@@ -33,30 +38,29 @@ struct Selection {
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     w: &MambaTensors<&[f32]>,
-    u: Vec<f32>,
-    z: Vec<f32>,
+    [u, z]: [MatRef<'_>; 2],
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
-) -> MambaSaved {
+) -> Scanned {
     let d_inner = ctx.env.layout.d_inner();
     let [tail] = &mut cache.tails[..] else { panic!("one conv tail, found {}", cache.tails.len()) };
-    let mut active = convolve(ctx, w, &u, tail);
+    let mut active = convolve(ctx, w, u, tail);
     activate(ctx, &mut active);
     let selection = select(ctx, w, &active);
     let a = decay(w);
-    let mut y = vec![0.0; u.len()];
+    let mut y = vec![0.0; ctx.seq * d_inner];
     let inputs = inputs(w, &active, &selection, &a);
     match form {
         Form::Chunked => selective_scan(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y),
         Form::Step => selective_scan_step(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y),
     }
     let mut gated = vec![0.0; y.len()];
-    elementwise::swiglu(ctx.exec, &z, &y, &mut gated);
+    elementwise::swiglu(ctx.exec, &z.to_dense(), &y, &mut gated);
     for (t, row) in gated.chunks_exact(d_inner).enumerate() {
         out.row_mut(t).iter_mut().zip(row).for_each(|(o, g)| *o += g);
     }
-    MambaSaved { u, z, selection, y }
+    Scanned { selection, y }
 }
 
 /// From dense `dout` `[T, G·D]`: adds to `grads` and `dx`.
@@ -72,13 +76,14 @@ pub(super) fn backward(
     let (seq, d_inner, d_state, rank) = (ctx.seq, layout.d_inner(), layout.spec.d_state, layout.dt_rank());
     let width = rank + 2 * d_state;
     let (mut dy, mut dz) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
-    elementwise::swiglu_backward(exec, &saved.z, &saved.y, dout, &mut dz, &mut dy);
+    let Scanned { selection, y } = &saved.scanned;
+    elementwise::swiglu_backward(exec, &saved.z, y, dout, &mut dz, &mut dy);
 
     let mut tail = vec![0.0; layout.tail_lens()[0]];
-    let convolved = convolve(ctx, w, &saved.u, &mut tail);
+    let convolved = convolve(ctx, w, MatRef::dense(&saved.u, seq, d_inner), &mut tail);
     let mut active = convolved.clone();
     activate(ctx, &mut active);
-    let (a, selection) = (decay(w), &saved.selection);
+    let a = decay(w);
     let (mut d_active, mut d_delta) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
     let (mut da, mut db, mut dc) = (vec![0.0; a.len()], vec![0.0; seq * d_state], vec![0.0; seq * d_state]);
     let mut dd = vec![0.0; d_inner];
@@ -155,9 +160,9 @@ pub(super) fn backward(
     }
 }
 
-fn convolve(ctx: &Ctx<'_>, w: &MambaTensors<&[f32]>, u: &[f32], tail: &mut [f32]) -> Vec<f32> {
-    let mut out = vec![0.0; u.len()];
-    short_conv(ctx.exec, u, w.conv, Some(w.conv_bias), ctx.env.layout.d_inner(), tail, &mut out);
+fn convolve(ctx: &Ctx<'_>, w: &MambaTensors<&[f32]>, u: MatRef<'_>, tail: &mut [f32]) -> Vec<f32> {
+    let mut out = vec![0.0; u.rows() * u.cols()];
+    short_conv(ctx.exec, u, w.conv, Some(w.conv_bias), tail, &mut out);
     out
 }
 

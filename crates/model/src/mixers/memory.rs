@@ -5,6 +5,7 @@ use super::HeadLayout;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use kernels::kv::KvType;
+use kernels::{MatMut, MatRef};
 use std::ops::Range;
 
 /// Constant memory of one converted group in one sequence: conv tails and recurrent state (f32), ring of `window + sinks` keys (after RoPE)
@@ -34,6 +35,20 @@ impl HeadCache {
     /// Whether no token was seen.
     pub fn is_empty(&self) -> bool {
         self.seen == 0
+    }
+    /// Keys and values that the window holds.
+    pub fn window_len(&self) -> usize {
+        self.ring.len(self.seen)
+    }
+    /// Writes the window's keys and values to the rows of `keys` and `values`, in the order of their positions: sinks first.
+    pub fn window_into(&self, mut keys: MatMut<'_>, mut values: MatMut<'_>) {
+        for (row, position) in self.ring.positions(self.seen).enumerate() {
+            self.ring.read(position, keys.row_mut(row), values.row_mut(row));
+        }
+    }
+    /// Puts the keys (after RoPE) and values of the tokens that follow into the window.
+    pub fn remember(&mut self, k: MatRef<'_>, v: MatRef<'_>) {
+        self.ring.push(self.seen, k, v);
     }
     /// Bytes held, the same at any length; equal to [`HeadLayout::cache_bytes`].
     pub fn bytes(&self) -> usize {
@@ -82,6 +97,13 @@ impl Entries {
         }
     }
 
+    fn read(&self, at: usize, out: &mut [f32]) {
+        match self {
+            Self::F32(values) => out.copy_from_slice(&values[at..at + out.len()]),
+            Self::F16(values) => values[at..at + out.len()].convert_to_f32_slice(out),
+        }
+    }
+
     fn append_to(&self, range: Range<usize>, out: &mut Vec<f32>) {
         match self {
             Self::F32(values) => out.extend_from_slice(&values[range]),
@@ -103,7 +125,7 @@ impl Ring {
 
     /// Keys and values held after `seen` tokens, in the order of their entries, which is not that of their positions.
     pub fn held(&self, seen: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
-        let entries = seen.min(self.window + self.sinks) * self.width;
+        let entries = self.len(seen) * self.width;
         keys.clear();
         values.clear();
         self.k.append_to(0..entries, keys);
@@ -118,6 +140,18 @@ impl Ring {
     pub fn positions(&self, seen: usize) -> impl Iterator<Item = usize> + use<> {
         let sinks = self.sinks.min(seen);
         (0..sinks).chain(seen.saturating_sub(self.window).max(sinks)..seen)
+    }
+
+    /// How many positions are held after `seen` tokens.
+    pub fn len(&self, seen: usize) -> usize {
+        seen.min(self.window + self.sinks)
+    }
+
+    /// Key and value of a position that is held.
+    fn read(&self, position: usize, key: &mut [f32], value: &mut [f32]) {
+        let at = self.slot(position) * self.width;
+        self.k.read(at, key);
+        self.v.read(at, value);
     }
 
     /// Keys and values of `positions(seen)` followed by `k` and `v`.
@@ -135,16 +169,15 @@ impl Ring {
     }
 
     /// Remembers what is needed of tokens `seen..`, whose keys and values are given.
-    pub fn push(&mut self, seen: usize, k: &[f32], v: &[f32]) {
-        let tokens = k.len() / self.width;
-        let end = seen + tokens;
+    pub fn push(&mut self, seen: usize, k: MatRef<'_>, v: MatRef<'_>) {
+        let end = seen + k.rows();
         for (t, position) in (seen..end).enumerate() {
             if position >= self.sinks && position + self.window < end {
                 continue;
             }
-            let (from, to) = (t * self.width, self.slot(position) * self.width);
-            self.k.write(to, &k[from..from + self.width]);
-            self.v.write(to, &v[from..from + self.width]);
+            let to = self.slot(position) * self.width;
+            self.k.write(to, k.row(t));
+            self.v.write(to, v.row(t));
         }
     }
 }

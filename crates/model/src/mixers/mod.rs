@@ -48,15 +48,15 @@ pub use memory::HeadCache;
 pub use step::{StepInputs, StepScratch, StepWeights};
 
 use crate::plan::{MixerSpec, RecurrentKind};
-use inputs::RecurrentInputs;
+use inputs::{Projected, RecurrentInputs};
 use kernels::{Exec, MatMut, MatRef};
 use layout::{MambaTensors, QkvTensors};
 use local::LocalSaved;
-use mamba::MambaSaved;
+use mamba::{MambaSaved, Scanned};
 use memory::Ring;
 pub use projection::LayerInput;
-use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, reborrow};
-use qkv::{Form, QkvSaved, Rates};
+use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, QkvRef, reborrow};
+use qkv::{Form, QkvSaved, Rates, Recurred};
 
 /// Epsilon inside the root of the q/k L2 normalisation.
 pub const L2_EPS: f32 = 1e-6;
@@ -258,49 +258,42 @@ impl<'a> Ctx<'a> {
 }
 
 /// Inference: `x` continues the sequence that `cache` has seen; overwrites `out` `[T, G·D]`. Any `T ≥ 0`; `T == 1` takes the step form.
-pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCache, out: MatMut<'_>) {
+pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCache, mut out: MatMut<'_>) {
     let ctx = Ctx::new(exec, env, x);
     ctx.check_output(out.rows(), out.cols());
-    if x.rows() > 0 {
-        let weights = ctx.weights();
-        let inputs = HeadInputs::project(&ctx, &weights);
-        continue_sequence(&ctx, &weights, inputs, cache, out);
+    if ctx.seq == 0 {
+        return;
     }
+    let weights = ctx.weights();
+    let Projected { qkv, recurrent } = Projected::new(&ctx, &weights);
+    match &qkv {
+        Some(raw) if env.layout.has_local() => {
+            let rotated = local::rotated(&ctx, raw, cache.seen);
+            local::forward(&ctx, &rotated, &raw.v, &mut cache.ring, cache.seen, out.reborrow());
+        }
+        _ => fill_zero(&mut out),
+    }
+    let qkv = qkv.as_ref().map(|raw| raw.view(ctx.seq, env.layout.dims));
+    let inputs = HeadInputs { qkv, recurrent: recurrent.view(ctx.seq) };
+    recur(&ctx, &weights, inputs, cache, Form::of(ctx.seq), &mut out);
+    cache.seen += ctx.seq;
 }
 
-/// [`forward`] from finished projections. Of `env`'s tensors only those are read that are no projection of `x`; the others may be empty.
-pub fn forward_projected(
+/// Adds the recurrent branch of [`forward`] to `out`, from finished projections, and advances everything in `cache` but the window, which the
+/// caller [has updated](HeadCache::remember). Of `env`'s tensors only those are read that are no projection of `x`; the others may be empty.
+pub fn recur_projected(
     exec: &Exec,
     env: &HeadEnv<'_>,
-    inputs: HeadInputs,
+    inputs: HeadInputs<'_>,
     cache: &mut HeadCache,
-    out: MatMut<'_>,
+    mut out: MatMut<'_>,
 ) {
     let ctx = Ctx::projected(exec, env, out.rows());
     ctx.check_output(out.rows(), out.cols());
     if ctx.seq > 0 {
-        continue_sequence(&ctx, &ctx.weights(), inputs, cache, out);
+        recur(&ctx, &ctx.weights(), inputs, cache, Form::of(ctx.seq), &mut out);
+        cache.seen += ctx.seq;
     }
-}
-
-fn continue_sequence(
-    ctx: &Ctx<'_>,
-    weights: &NamedTensors<&[f32]>,
-    inputs: HeadInputs,
-    cache: &mut HeadCache,
-    mut out: MatMut<'_>,
-) {
-    match &inputs.qkv {
-        Some(raw) if ctx.env.layout.has_local() => {
-            let rotated = inputs.rotated.unwrap_or_else(|| local::rotated(ctx, raw, cache.seen));
-            local::forward(ctx, &rotated, &raw.v, &mut cache.ring, cache.seen, out.reborrow());
-        }
-        _ => fill_zero(&mut out),
-    }
-    let form = if ctx.seq == 1 { Form::Step } else { Form::Chunked };
-    let HeadInputs { qkv, recurrent, .. } = inputs;
-    recur(ctx, weights, qkv.as_ref(), recurrent, cache, form, &mut out);
-    cache.seen += ctx.seq;
 }
 
 /// Training: one whole sequence from zero state; overwrites `out` and returns what [`backward`] needs.
@@ -316,7 +309,7 @@ pub fn forward_train<'a>(
         return HeadSaved { raw: None, local: None, recurrent: RecurrentSaved::None };
     }
     let weights = ctx.weights();
-    let HeadInputs { qkv: raw, recurrent, .. } = HeadInputs::project(&ctx, &weights);
+    let Projected { qkv: raw, recurrent } = Projected::new(&ctx, &weights);
     let local = match &raw {
         Some(raw) if env.layout.has_local() => Some(local::forward_train(&ctx, raw, out.reborrow())),
         _ => {
@@ -325,28 +318,46 @@ pub fn forward_train<'a>(
         }
     };
     let mut cache = env.layout.new_cache();
-    let recurrent = recur(&ctx, &weights, raw.as_ref(), recurrent, &mut cache, Form::Chunked, &mut out);
+    let qkv = raw.as_ref().map(|raw| raw.view(ctx.seq, env.layout.dims));
+    let inputs = HeadInputs { qkv, recurrent: recurrent.view(ctx.seq) };
+    let made = recur(&ctx, &weights, inputs, &mut cache, Form::Chunked, &mut out);
+    let recurrent = match (made, recurrent) {
+        (Made::None, _) => RecurrentSaved::None,
+        (Made::Mamba(scanned), RecurrentInputs::Mamba { u, z }) => {
+            RecurrentSaved::Mamba(MambaSaved { u, z, scanned })
+        }
+        (Made::Qkv(recurred), RecurrentInputs::Qkv { gate, .. }) => {
+            RecurrentSaved::Qkv(QkvSaved { gate, recurred })
+        }
+        _ => panic!("projections of another kind of head"),
+    };
     HeadSaved { raw, local, recurrent }
+}
+
+/// What the recurrent branch computes on its way.
+enum Made {
+    None,
+    Mamba(Scanned),
+    Qkv(Recurred),
 }
 
 /// Adds the recurrent branch to `out`; advances all of `cache` but ring and length.
 fn recur(
     ctx: &Ctx<'_>,
     weights: &NamedTensors<&[f32]>,
-    raw: Option<&Qkv>,
-    inputs: RecurrentInputs,
+    inputs: HeadInputs<'_>,
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
-) -> RecurrentSaved {
-    match (weights, inputs, raw) {
-        (NamedTensors::None, RecurrentInputs::None, _) => RecurrentSaved::None,
+) -> Made {
+    match (weights, inputs.recurrent, inputs.qkv) {
+        (NamedTensors::None, RecurrentInputs::None, _) => Made::None,
         (NamedTensors::Mamba(w), RecurrentInputs::Mamba { u, z }, _) => {
-            RecurrentSaved::Mamba(mamba::forward(ctx, w, u, z, cache, form, out))
+            Made::Mamba(mamba::forward(ctx, w, [u, z], cache, form, out))
         }
         (NamedTensors::Qkv(w), RecurrentInputs::Qkv { gate, dt, input }, Some(raw)) => {
             let logits = qkv::Logits { gate, dt, input };
-            RecurrentSaved::Qkv(qkv::forward(ctx, w, raw, logits, cache, form, out))
+            Made::Qkv(qkv::forward(ctx, w, raw, logits, cache, form, out))
         }
         _ => panic!("projections of another kind of head"),
     }

@@ -26,7 +26,24 @@ pub(super) struct Qkv {
     pub v: Vec<f32>,
 }
 
+/// [`Qkv`] of somebody else, perhaps columns of a larger matrix.
+#[derive(Clone, Copy)]
+pub(super) struct QkvRef<'a> {
+    pub q: MatRef<'a>,
+    pub k: MatRef<'a>,
+    pub v: MatRef<'a>,
+}
+
 impl Qkv {
+    pub fn view(&self, seq: usize, dims: HeadDims) -> QkvRef<'_> {
+        let HeadDims { q_heads, head_dim, .. } = dims;
+        QkvRef {
+            q: MatRef::dense(&self.q, seq, q_heads * head_dim),
+            k: MatRef::dense(&self.k, seq, head_dim),
+            v: MatRef::dense(&self.v, seq, head_dim),
+        }
+    }
+
     pub fn zeros(seq: usize, dims: HeadDims) -> Self {
         let HeadDims { q_heads, head_dim, .. } = dims;
         let kv = vec![0.0; seq * head_dim];

@@ -1,11 +1,14 @@
 //! What `mamba2` and `gated-delta` share: short convs and norms before the recurrence, gain and gate after it.
 //! The recurrences themselves are in their own modules.
 
-use super::{Ctx, HeadCache, HeadDims, Linear, LinearGrads, Qkv, QkvTensors, gated_delta, mamba2, reborrow};
-use super::{L2_EPS, ROWS_PER_TASK};
+use super::L2_EPS;
+use super::{
+    Ctx, HeadCache, HeadDims, Linear, LinearGrads, Qkv, QkvRef, QkvTensors, gated_delta, mamba2, reborrow,
+};
 use crate::plan::RecurrentKind;
-use kernels::conv::{short_conv, short_conv_backward};
-use kernels::{MatMut, elementwise};
+use kernels::conv::{short_conv, short_conv_backward, short_conv_unit};
+use kernels::gate::{add_gated, add_gated_backward};
+use kernels::{MatMut, MatRef, elementwise};
 
 /// Which form of the recurrence runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -14,6 +17,13 @@ pub(super) enum Form {
     Chunked,
     /// One token.
     Step,
+}
+
+impl Form {
+    /// Of a chunk of `seq` tokens.
+    pub fn of(seq: usize) -> Self {
+        if seq == 1 { Self::Step } else { Self::Chunked }
+    }
 }
 
 /// Decay and input of the recurrence per token, `[T, decays]` each.
@@ -25,26 +35,33 @@ pub(super) struct Rates {
 }
 
 /// Projections of `x` that only the recurrence reads.
-pub(super) struct Logits {
+#[derive(Clone, Copy)]
+pub(super) struct Logits<'a> {
     /// `x W_zᵀ`, `[T, G·D]`.
-    pub gate: Vec<f32>,
+    pub gate: MatRef<'a>,
     /// `x W_dtᵀ + b_dt`, `[T, decays]`.
-    pub dt: Vec<f32>,
+    pub dt: MatRef<'a>,
     /// `x W_inᵀ + b_in` or `x W_βᵀ + b_β`, `[T, decays]`.
-    pub input: Vec<f32>,
+    pub input: MatRef<'a>,
 }
 
 /// What the backward pass reads besides the raw projections.
 pub(super) struct QkvSaved {
-    rates: Rates,
-    y: Vec<f32>,
-    /// `σ(x W_zᵀ)`.
-    gate: Vec<f32>,
+    /// `x W_zᵀ`, `[T, G·D]`.
+    pub gate: Vec<f32>,
+    pub recurred: Recurred,
 }
 
-/// Queries, keys and values right after the convs, and what the recurrence reads: q and k normalised as well.
+/// What the forward pass computes on its way: the rates, and the recurrence's output `[T, G·D]` before gain and gate.
+pub(super) struct Recurred {
+    rates: Rates,
+    pub y: Vec<f32>,
+}
+
+/// Queries and keys right after the convs; queries and keys normalised, and values, as the recurrence reads them.
 struct Mixed {
-    conv: Qkv,
+    conv_q: Vec<f32>,
+    conv_k: Vec<f32>,
     unit: Qkv,
 }
 
@@ -52,40 +69,31 @@ struct Mixed {
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     w: &QkvTensors<&[f32]>,
-    raw: &Qkv,
-    logits: Logits,
+    raw: QkvRef<'_>,
+    logits: Logits<'_>,
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
-) -> QkvSaved {
-    let Logits { mut gate, dt, input } = logits;
-    let (rates, y) = recurrence(ctx, w, raw, dt, input, cache, form);
-    let d_inner = ctx.env.layout.d_inner();
-    elementwise::sigmoid_in_place(ctx.exec, &mut gate);
-    let rows = y.chunks_exact(d_inner).zip(gate.chunks_exact(d_inner));
-    for (t, (y, gate)) in rows.enumerate() {
-        for (((o, y), g), gain) in out.row_mut(t).iter_mut().zip(y).zip(gate).zip(w.gain) {
-            *o += 2.0 * gain * y * g;
-        }
-    }
-    QkvSaved { rates, y, gate }
+) -> Recurred {
+    let recurred = recurrence(ctx, w, raw, [logits.dt, logits.input], cache, form);
+    add_gated(ctx.exec, &recurred.y, logits.gate, w.gain, out.reborrow());
+    recurred
 }
 
-/// The recurrence's rates (from the logits `dt` and `input`) and its output `[T, G·D]` before gain and gate; advances conv tails and state.
+/// The recurrence from the logits `dt` and `input`; advances conv tails and state.
 pub(super) fn recurrence(
     ctx: &Ctx<'_>,
     w: &QkvTensors<&[f32]>,
-    raw: &Qkv,
-    dt: Vec<f32>,
-    input: Vec<f32>,
+    raw: QkvRef<'_>,
+    [dt, input]: [MatRef<'_>; 2],
     cache: &mut HeadCache,
     form: Form,
-) -> (Rates, Vec<f32>) {
-    let unit = mix(ctx, w, raw, &mut cache.tails).unit;
+) -> Recurred {
+    let unit = unit(ctx, w, raw, &mut cache.tails);
     let layout = &ctx.env.layout;
-    let mut log_a = dt;
+    let mut log_a = dt.to_dense();
     log_a.iter_mut().for_each(|a| *a = -elementwise::softplus(*a));
-    let mut rates = Rates { log_a, input };
+    let mut rates = Rates { log_a, input: input.to_dense() };
     let mut y = vec![0.0; ctx.seq * layout.d_inner()];
     match layout.spec.recurrent {
         RecurrentKind::GatedDelta => {
@@ -94,7 +102,7 @@ pub(super) fn recurrence(
         }
         _ => mamba2::forward(ctx, w, &unit, &rates, &mut cache.state, form, &mut y),
     }
-    (rates, y)
+    Recurred { rates, y }
 }
 
 /// From dense `dout` `[T, G·D]`: adds to `d_raw`, to `dx` through the rate and gate projections, and to `grads` (all but the q, k, v
@@ -110,14 +118,16 @@ pub(super) fn backward(
     mut dx: Option<MatMut<'_>>,
 ) {
     let layout = &ctx.env.layout;
-    let (dy, dz) = gate_backward(ctx, w, saved, dout, grads.as_mut().map(|g| &mut *g.gain));
+    let Recurred { rates, y } = &saved.recurred;
+    let (mut dy, mut dz) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
+    let d_gain = grads.as_mut().map(|g| &mut *g.gain);
+    add_gated_backward(ctx.exec, [y, &saved.gate, dout], w.gain, [&mut dy, &mut dz], d_gain);
     let gate_grads = LinearGrads { weight: grads.as_mut().map(|g| &mut *g.gate), bias: None };
     Linear::new(w.gate, None).backward(ctx, ctx.x, &dz, gate_grads, reborrow(&mut dx));
 
     let mut tails: Vec<Vec<f32>> = layout.tail_lens().into_iter().map(|n| vec![0.0; n]).collect();
-    let mixed = mix(ctx, w, raw, &mut tails);
+    let mixed = mix(ctx, w, raw.view(ctx.seq, layout.dims), &mut tails);
     let mut d_unit = Qkv::zeros(ctx.seq, layout.dims);
-    let rates = &saved.rates;
     let mut d_rates = Rates { log_a: vec![0.0; rates.log_a.len()], input: vec![0.0; rates.input.len()] };
     match layout.spec.recurrent {
         RecurrentKind::GatedDelta => {
@@ -147,62 +157,29 @@ pub(super) fn backward(
     mix_backward(ctx, w, raw, &mixed, d_unit, d_raw, grads);
 }
 
-/// Gradients of the recurrence's output and of the gate's logits; adds to the gain's.
-fn gate_backward(
-    ctx: &Ctx<'_>,
-    w: &QkvTensors<&[f32]>,
-    saved: &QkvSaved,
-    dout: &[f32],
-    d_gain: Option<&mut [f32]>,
-) -> (Vec<f32>, Vec<f32>) {
-    let d_inner = ctx.env.layout.d_inner();
-    let (y, gate) = (&saved.y, &saved.gate);
-    if let Some(d_gain) = d_gain {
-        let mut product = vec![0.0; dout.len()];
-        ctx.exec.parallel_chunks(&mut product, ROWS_PER_TASK * d_inner, |task, product| {
-            let at = task * ROWS_PER_TASK * d_inner;
-            for (i, p) in product.iter_mut().enumerate() {
-                *p = 2.0 * dout[at + i] * y[at + i] * gate[at + i];
-            }
-        });
-        elementwise::add_column_sums(ctx.exec, &product, d_gain);
-    }
-    let mut dy = vec![0.0; dout.len()];
-    let mut dz = vec![0.0; dout.len()];
-    let rows = dy.chunks_exact_mut(d_inner).zip(dz.chunks_exact_mut(d_inner));
-    for (t, (dy, dz)) in rows.enumerate() {
-        let row = t * d_inner..(t + 1) * d_inner;
-        let (dout, y, gate) = (&dout[row.clone()], &y[row.clone()], &gate[row]);
-        for c in 0..d_inner {
-            let d = 2.0 * dout[c] * w.gain[c] * gate[c];
-            dy[c] = d;
-            dz[c] = d * y[c] * (1.0 - gate[c]);
-        }
-    }
-    (dy, dz)
+/// What the recurrence reads, in the fewest passes; advances the conv tails.
+fn unit(ctx: &Ctx<'_>, w: &QkvTensors<&[f32]>, raw: QkvRef<'_>, tails: &mut [Vec<f32>]) -> Qkv {
+    let head = (ctx.env.layout.dims.head_dim, L2_EPS);
+    let [q_tail, k_tail, v_tail] = tails else { panic!("three conv tails, found {}", tails.len()) };
+    let mut unit = Qkv::zeros(ctx.seq, ctx.env.layout.dims);
+    short_conv_unit(ctx.exec, raw.q, w.q_conv, head, q_tail, &mut unit.q);
+    short_conv_unit(ctx.exec, raw.k, w.k_conv, head, k_tail, &mut unit.k);
+    short_conv(ctx.exec, raw.v, w.v_conv, None, v_tail, &mut unit.v);
+    unit
 }
 
-fn mix(ctx: &Ctx<'_>, w: &QkvTensors<&[f32]>, raw: &Qkv, tails: &mut [Vec<f32>]) -> Mixed {
-    let HeadDims { head_dim, .. } = ctx.env.layout.dims;
-    let d_inner = ctx.env.layout.d_inner();
+/// [`unit`] with what its backward pass reads.
+fn mix(ctx: &Ctx<'_>, w: &QkvTensors<&[f32]>, raw: QkvRef<'_>, tails: &mut [Vec<f32>]) -> Mixed {
+    let head_dim = ctx.env.layout.dims.head_dim;
     let [q_tail, k_tail, v_tail] = tails else { panic!("three conv tails, found {}", tails.len()) };
-    let conv = |x: &[f32], weight: &[f32], channels: usize, tail: &mut [f32]| {
-        let mut out = vec![0.0; x.len()];
-        short_conv(ctx.exec, x, weight, None, channels, tail, &mut out);
-        out
-    };
-    let unit = |x: &[f32]| {
-        let mut out = vec![0.0; x.len()];
-        elementwise::l2_norm(ctx.exec, x, head_dim, L2_EPS, &mut out);
-        out
-    };
-    let conv = Qkv {
-        q: conv(&raw.q, w.q_conv, d_inner, q_tail),
-        k: conv(&raw.k, w.k_conv, head_dim, k_tail),
-        v: conv(&raw.v, w.v_conv, head_dim, v_tail),
-    };
-    let unit = Qkv { q: unit(&conv.q), k: unit(&conv.k), v: conv.v.clone() };
-    Mixed { conv, unit }
+    let mut unit = Qkv::zeros(ctx.seq, ctx.env.layout.dims);
+    let (mut conv_q, mut conv_k) = (vec![0.0; unit.q.len()], vec![0.0; unit.k.len()]);
+    short_conv(ctx.exec, raw.q, w.q_conv, None, q_tail, &mut conv_q);
+    short_conv(ctx.exec, raw.k, w.k_conv, None, k_tail, &mut conv_k);
+    short_conv(ctx.exec, raw.v, w.v_conv, None, v_tail, &mut unit.v);
+    elementwise::l2_norm(ctx.exec, &conv_q, head_dim, L2_EPS, &mut unit.q);
+    elementwise::l2_norm(ctx.exec, &conv_k, head_dim, L2_EPS, &mut unit.k);
+    Mixed { conv_q, conv_k, unit }
 }
 
 fn mix_backward(
@@ -230,7 +207,7 @@ fn mix_backward(
             });
             short_conv_backward(ctx.exec, x, weight, channels, dout, dx, dw, None);
         };
-    let (dq, dk) = (unit_backward(&mixed.conv.q, &d_unit.q), unit_backward(&mixed.conv.k, &d_unit.k));
+    let (dq, dk) = (unit_backward(&mixed.conv_q, &d_unit.q), unit_backward(&mixed.conv_k, &d_unit.k));
     let (q_grad, k_grad, v_grad) = match grads {
         Some(g) => (Some(&mut *g.q_conv), Some(&mut *g.k_conv), Some(&mut *g.v_conv)),
         None => (None, None, None),

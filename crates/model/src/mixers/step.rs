@@ -1,4 +1,4 @@
-//! One decoding step of a converted group without allocating: what [`forward_projected`](super::forward_projected) computes for one token.
+//! One decoding step of a converted group without allocating: what [`forward`](super::forward) computes for one token.
 
 use super::{HeadCache, HeadDims, HeadLayout, HeadView, INPUT_SCALE_MAX, L2_EPS, QkvTensors};
 use crate::plan::RecurrentKind;
@@ -6,7 +6,7 @@ use kernels::attention::window_step;
 use kernels::conv::{short_conv_step, short_conv_taps};
 use kernels::gated_delta::{DeltaInputs, DeltaShape, gated_delta_step};
 use kernels::ssd::{SsdInputs, SsdShape, ssd_step};
-use kernels::{Exec, elementwise};
+use kernels::{Exec, MatRef, elementwise};
 
 /// The small tensors of a group in the form that steps read.
 #[derive(Clone, Debug)]
@@ -89,7 +89,8 @@ impl StepWeights {
         let head_dim = self.layout.dims.head_dim;
         if self.layout.has_local() {
             let StepScratch { keys, values, scores, .. } = scratch;
-            cache.ring.push(cache.seen, inputs.rotated_k, inputs.v);
+            let row = |x| MatRef::dense(x, 1, head_dim);
+            cache.ring.push(cache.seen, row(inputs.rotated_k), row(inputs.v));
             cache.ring.held(cache.seen + 1, keys, values);
             window_step(exec, self.scale, inputs.rotated_q, keys, values, head_dim, scores, out);
         } else {

@@ -92,6 +92,12 @@ impl Lanes for Avx512 {
         unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, v) }
     }
     #[inline(always)]
+    fn fill_lanes(self, v: __m512, from: usize, to: usize, fill: f32) -> __m512 {
+        let below = |n: usize| if n < 16 { (1u16 << n) - 1 } else { u16::MAX };
+        // SAFETY: see above.
+        unsafe { _mm512_mask_mov_ps(v, below(to) & !below(from), _mm512_set1_ps(fill)) }
+    }
+    #[inline(always)]
     fn exp2_with<const N: usize>(self, x: __m512, c: &[f32; N]) -> __m512 {
         // SAFETY: see above.
         unsafe {
@@ -282,6 +288,19 @@ impl Lanes for Avx2 {
             let high = _mm256_castsi256_ps(_mm256_cmpgt_epi32(n, lanes));
             let fill = _mm256_set1_ps(fill);
             [_mm256_blendv_ps(fill, v[0], low), _mm256_blendv_ps(fill, v[1], high)]
+        }
+    }
+    #[inline(always)]
+    fn fill_lanes(self, v: [__m256; 2], from: usize, to: usize, fill: f32) -> [__m256; 2] {
+        let [low, high] = self.keep_first(v, from, fill);
+        // SAFETY: see above.
+        unsafe {
+            let to = _mm256_set1_epi32(to.min(16) as i32);
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let first = _mm256_castsi256_ps(_mm256_cmpgt_epi32(to, lanes));
+            let lanes = _mm256_add_epi32(lanes, _mm256_set1_epi32(8));
+            let second = _mm256_castsi256_ps(_mm256_cmpgt_epi32(to, lanes));
+            [_mm256_blendv_ps(v[0], low, first), _mm256_blendv_ps(v[1], high, second)]
         }
     }
     #[inline(always)]

@@ -416,7 +416,8 @@ fn a_ring_holds_sinks_and_window_once_and_in_order() {
                 let (keys, values) = ring.followed_by(seen, &new, &new);
                 let positions: Vec<f32> = held.iter().map(|&p| p as f32).chain(new.clone()).collect();
                 assert_eq!((&keys, &values), (&positions, &positions));
-                ring.push(seen, &new, &new);
+                let rows = MatRef::dense(&new, chunk, 1);
+                ring.push(seen, rows, rows);
                 let (mut keys, mut values) = (vec![9.0], vec![9.0]);
                 ring.held(seen + chunk, &mut keys, &mut values);
                 keys.sort_by(f32::total_cmp);
