@@ -1,11 +1,15 @@
 //! From scores to a HeadPlan under a budget, and what the plan costs.
 //! Knows scores, groups and bytes; knows nothing of where the scores come from.
 
+mod baseline;
 mod summary;
 #[cfg(test)]
 mod tests;
 
-pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, summary};
+pub use baseline::{
+    Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS, budget_bytes, streaming, streaming_window, window_only,
+};
+pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, cache_bytes_at, summary};
 
 use crate::error::{Result, SurgeryError};
 use model::plan::{GroupPlan, LayerPlan, PlanCriterion, groups_at};

@@ -43,13 +43,26 @@ pub struct PlanSummary {
     pub kept_groups: Vec<Vec<usize>>,
 }
 
+/// Cache bytes (f16) that each token adds under `plan`, which must fit `config`, and those that do not grow.
+fn growing_and_constant(plan: &HeadPlan, config: &ModelConfig) -> (usize, usize) {
+    let (converted, total) = (plan.converted(), plan.total());
+    let growing = 2 * (total - converted) * config.head_dim * BYTES_PER_VALUE;
+    let constant =
+        plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
+    (growing, constant)
+}
+
+/// Cache bytes (f16) after `tokens` tokens under `plan`, which must fit `config`.
+pub fn cache_bytes_at(plan: &HeadPlan, config: &ModelConfig, tokens: usize) -> usize {
+    let (growing, constant) = growing_and_constant(plan, config);
+    tokens * growing + constant
+}
+
 /// Counts groups and cache bytes of `plan`, which must fit `config`.
 pub fn summary(plan: &HeadPlan, config: &ModelConfig) -> PlanSummary {
     let (converted, total) = (plan.converted(), plan.total());
     let base = config.kv_bytes_per_token(BYTES_PER_VALUE);
-    let hybrid = 2 * (total - converted) * config.head_dim * BYTES_PER_VALUE;
-    let constant =
-        plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
+    let (hybrid, constant) = growing_and_constant(plan, config);
     PlanSummary {
         converted,
         total,
