@@ -26,6 +26,17 @@ pub enum RecurrentKind {
     GatedDelta,
 }
 
+/// What becomes of tokens that a converted group's window no longer shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dropped {
+    /// Nothing.
+    #[default]
+    Forgotten,
+    /// They are averaged to one key and value that weighs as much as their number: RazorAttention's compensation token (arXiv 2407.15891).
+    Averaged,
+}
+
 /// What replaces attention in every converted group of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +51,9 @@ pub struct MixerSpec {
     pub d_state: usize,
     /// Taps of the short convolution; 0 for `none`.
     pub d_conv: usize,
+    /// What becomes of tokens behind the window; left out of the JSON where they are forgotten.
+    #[serde(default, skip_serializing_if = "Dropped::are_forgotten")]
+    pub dropped: Dropped,
 }
 
 /// Attention or recurrent.
@@ -156,6 +170,12 @@ fn expect_eq<T: PartialEq + fmt::Display>(what: &str, expected: T, found: T) -> 
     bad(format!("made for another model: {what} is {found} in the plan, {expected} in the model"))
 }
 
+impl Dropped {
+    fn are_forgotten(&self) -> bool {
+        *self == Self::Forgotten
+    }
+}
+
 impl RecurrentKind {
     /// The name used in plans and on the command line.
     pub fn name(self) -> &'static str {
@@ -170,9 +190,13 @@ impl RecurrentKind {
 
 impl fmt::Display for MixerSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { recurrent, window, sinks, d_state, d_conv } = self;
+        let Self { recurrent, window, sinks, d_state, d_conv, dropped } = self;
         let kind = recurrent.name();
-        write!(f, "mixer {kind}, window {window}, sinks {sinks}, d_state {d_state}, d_conv {d_conv}")
+        write!(f, "mixer {kind}, window {window}, sinks {sinks}, d_state {d_state}, d_conv {d_conv}")?;
+        match dropped {
+            Dropped::Forgotten => Ok(()),
+            Dropped::Averaged => f.write_str(", dropped tokens averaged"),
+        }
     }
 }
 
@@ -182,7 +206,7 @@ impl MixerSpec {
     /// # Errors
     /// [`ModelError::Plan`] naming the field, the allowed range and what was found.
     pub fn validate(&self, head_dim: usize) -> Result<()> {
-        let Self { recurrent, window, sinks, d_state, d_conv } = *self;
+        let Self { recurrent, window, sinks, d_state, d_conv, dropped } = *self;
         let kind = recurrent.name();
         if window > MAX_WINDOW {
             return bad(format!("mixer window is {window}, at most {MAX_WINDOW} is supported"));
@@ -192,6 +216,9 @@ impl MixerSpec {
         }
         if sinks > 0 && window == 0 {
             return bad(format!("mixer has {sinks} sinks but no window; sinks need a window of at least 1"));
+        }
+        if dropped == Dropped::Averaged && window == 0 {
+            return bad("mixer averages the tokens that its window drops, but has no window".into());
         }
         let state_range = match recurrent {
             RecurrentKind::None if window == 0 => {

@@ -5,7 +5,7 @@ use crate::ui::Ui;
 use anyhow::{Context, Result};
 use eval::report::bytes;
 use model::plan::PlanCriterion;
-use model::{HeadPlan, MixerSpec, ModelConfig};
+use model::{Dropped, HeadPlan, MixerSpec, ModelConfig};
 use std::path::PathBuf;
 use surgery::select::{Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS};
 use surgery::{HeadBank, HeadsReport, criteria, select};
@@ -51,6 +51,10 @@ pub struct Args {
     /// Its sinks (default: 1 with a window; of a baseline: its own).
     #[arg(long, conflicts_with = "bank")]
     sinks: Option<usize>,
+    /// What becomes of tokens behind the window: forgotten (default), or averaged to one key and value of their weight (RazorAttention's
+    /// compensation token).
+    #[arg(long, value_enum, conflicts_with = "bank")]
+    dropped: Option<DroppedArg>,
     /// Seed of `random`.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -60,6 +64,22 @@ pub struct Args {
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// `--dropped`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum DroppedArg {
+    Forgotten,
+    Averaged,
+}
+
+impl From<DroppedArg> for Dropped {
+    fn from(arg: DroppedArg) -> Self {
+        match arg {
+            DroppedArg::Forgotten => Self::Forgotten,
+            DroppedArg::Averaged => Self::Averaged,
+        }
+    }
 }
 
 pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
@@ -135,7 +155,9 @@ impl Args {
             }
             _ => return Err(usage("streaming-llm takes its window from either --beta or --window")),
         };
-        Ok(select::streaming(config, window, sinks)?)
+        let mut plan = select::streaming(config, window, sinks)?;
+        plan.mixer = plan.mixer.map(|mixer| self.with_dropped(mixer));
+        Ok(plan)
     }
 
     /// Groups chosen by their scores.
@@ -192,13 +214,17 @@ impl Args {
                 return Err(usage("duo-attention has windows only: leave out --mixer"));
             }
             let (window, sinks) = (self.window.unwrap_or(DUO_WINDOW), self.sinks.unwrap_or(DUO_SINKS));
-            return MixerArg::None.spec(config, window, Some(sinks));
+            return Ok(self.with_dropped(MixerArg::None.spec(config, window, Some(sinks))?));
         }
         if let Some(bank) = bank {
             return Ok(bank.info.spec);
         }
         let mixer = self.mixer.unwrap_or(MixerArg::None);
         let default_window = if mixer == MixerArg::None { 64 } else { 0 };
-        mixer.spec(config, self.window.unwrap_or(default_window), self.sinks)
+        Ok(self.with_dropped(mixer.spec(config, self.window.unwrap_or(default_window), self.sinks)?))
+    }
+
+    fn with_dropped(&self, mixer: MixerSpec) -> MixerSpec {
+        MixerSpec { dropped: self.dropped.map_or(mixer.dropped, Dropped::from), ..mixer }
     }
 }

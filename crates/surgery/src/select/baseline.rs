@@ -4,7 +4,7 @@
 use super::{SelectOptions, cache_bytes_at, select};
 use crate::error::{Result, SurgeryError};
 use model::plan::{MAX_WINDOW, PlanCriterion};
-use model::{GroupMixer, HeadPlan, MixerSpec, ModelConfig, RecurrentKind};
+use model::{Dropped, GroupMixer, HeadPlan, MixerSpec, ModelConfig, RecurrentKind};
 
 /// First tokens that StreamingLLM keeps (arXiv 2309.17453, section 3.2).
 pub const STREAMING_SINKS: usize = 4;
@@ -40,7 +40,14 @@ impl Baseline {
 
 /// A window and sinks without a recurrence.
 pub fn window_only(window: usize, sinks: usize) -> MixerSpec {
-    MixerSpec { recurrent: RecurrentKind::None, window, sinks, d_state: 0, d_conv: 0 }
+    MixerSpec {
+        recurrent: RecurrentKind::None,
+        window,
+        sinks,
+        d_state: 0,
+        d_conv: 0,
+        dropped: Dropped::Forgotten,
+    }
 }
 
 /// The plan that puts every group behind the same window.
