@@ -1,6 +1,6 @@
 //! `plan --baseline`: windows in every group, streaming heads in chosen groups, groups drawn at random.
 
-use crate::common::Work;
+use crate::common::{Work, read_logits};
 use serde_json::Value;
 
 fn converted(plan: &Value) -> Vec<(usize, usize)> {
@@ -98,4 +98,86 @@ fn contradictions_are_refused() {
     fails("--criterion mixer-fisher --beta 0.5", "give --bank");
     let line = "plan --heads heads.json --baseline streaming-llm --beta 1 --at 2 --sinks 400 --out plan.json";
     work.fails(1, line, &["no window beside 400 sinks"]);
+}
+
+#[test]
+fn averaged_tokens_go_through_checkpoints_and_gguf() {
+    let work = Work::with_model("llama3");
+    work.ok("analyze --model llama3 --data data.npy --tokens 128 --context 64 --out heads.json");
+    let tokens: Vec<String> = (1..40).map(|t| (t * 7 % 64).to_string()).collect();
+    let tokens = tokens.join(",");
+    let logits = |model: &str| {
+        work.ok(&format!("logits --model {model} --tokens {tokens} --out logits.npy"));
+        read_logits(&work.path("logits.npy"))
+    };
+    for dropped in ["forgotten", "averaged"] {
+        work.ok(&format!(
+            "plan --heads heads.json --mixer none --window 4 --dropped {dropped} --beta 0.5 --out plan.json"
+        ));
+        work.ok(&format!("convert --model llama3 --plan plan.json --out {dropped}"));
+        work.ok(&format!("export --model {dropped} --gguf {dropped}.gguf --weights f32"));
+        let (folder, file) = (logits(dropped), logits(&format!("{dropped}.gguf")));
+        assert_eq!(folder, file, "{dropped}");
+    }
+    let averaged = work.ok_json("inspect averaged.gguf --json");
+    assert_eq!(averaged["plan"]["mixer"]["dropped"], "averaged");
+    let forgotten = work.ok_json("inspect forgotten --json");
+    assert!(forgotten["plan"]["mixer"].get("dropped").is_none());
+    let bytes = |model: &Value| model["cache"]["constant_bytes"].as_u64().unwrap();
+    assert!(bytes(&averaged) > bytes(&forgotten));
+    // The same up to the first query that has dropped a token: the sixth, behind a window of four and a sink.
+    let (averaged, forgotten) = (logits("averaged"), logits("forgotten"));
+    assert_eq!(averaged[..5], forgotten[..5]);
+    assert!((5..39).all(|t| averaged[t] != forgotten[t]));
+    work.fails(
+        2,
+        "plan --heads heads.json --bank x --dropped averaged --beta 0.5 --out p.json",
+        &["cannot be used"],
+    );
+}
+
+#[test]
+fn comparisons_go_on_and_draw() {
+    let work = Work::with_text_model("llama3");
+    work.make_bank("llama3", "mamba2", 4);
+    let line = |out: &str, rest: &str| {
+        format!(
+            "eval compare --model llama3 --heads heads.json --bank bank.safetensors --data data.npy --context 64 --max-tokens 192 --window 4 \
+             --out {out} {rest}"
+        )
+    };
+    let first = line("few.jsonl", "--criteria recency,random --draws 2 --betas 0.5 --samples 0 --json");
+    let few = work.ok_json(&first);
+    // Four methods by one criterion and two draws, and the baseline.
+    let rows = few["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 4 * 3 + 1);
+    for row in rows {
+        // Streaming heads longer than the text change nothing but the order of sums.
+        assert!(row["kl"]["value"].as_f64().unwrap() > -1e-6 && row["kl"]["interval"].is_array(), "{row}");
+        assert_eq!(row["tokens"], 189);
+        assert!(row["cache_bytes_8k"].as_u64() < few["base"]["cache_bytes_8k"].as_u64(), "{row}");
+        let whole = row["method"] == "streaming-llm";
+        assert_eq!(row["converted"], if whole { 4 } else { 2 });
+        assert!(whole == row.get("criterion").is_none());
+    }
+    assert_eq!(few["rank_correlation"]["criteria"].as_array().unwrap().len(), 2);
+    let written = work.read("few.jsonl");
+    assert_eq!(work.ok_json(&first)["rows"], few["rows"]);
+    assert_eq!(work.read("few.jsonl"), written, "nothing was left to measure");
+
+    let table = work.ok(&line(
+        "keys.jsonl",
+        "--criteria mixer-fisher --methods window,bank --betas 0.25,0.75 --passkey-contexts 300 --samples 2 --html page.html --svg chart.svg",
+    ));
+    assert!(
+        table.contains("| bank, mixer-fisher, β 0.75 | 3/4 |") && table.contains("passkey 300"),
+        "{table}"
+    );
+    let (page, chart) = (work.read("page.html"), work.read("chart.svg"));
+    assert!(String::from_utf8(page).unwrap().contains("</table>"));
+    assert_eq!(String::from_utf8(chart).unwrap().matches("<circle").count(), 4);
+    work.fails(1, &line("few.jsonl", "--samples 0 --sinks 2"), &["made with other settings (sinks)"]);
+    work.fails(2, &line("few.jsonl", "--samples 0 --betas 2"), &["between 0 and 1"]);
+    let without = "eval compare --model llama3 --heads heads.json --data data.npy --context 64 --samples 0 --methods bank --out x.jsonl";
+    work.fails(2, without, &["needs a head bank"]);
 }
