@@ -83,6 +83,9 @@ pub struct GroupPlan {
 pub struct LayerPlan {
     /// Decisions, one per KV head.
     pub groups: Vec<GroupPlan>,
+    /// The layer is left out: its output is its input, and it caches nothing. It then converts no group.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
 }
 
 /// The model a plan was made for.
@@ -284,7 +287,7 @@ impl HeadPlan {
             keep_at_least_per_layer: 0,
             mixer: None,
             elastic: None,
-            layers: vec![LayerPlan { groups: vec![group; config.kv_heads] }; config.layers],
+            layers: vec![LayerPlan { groups: vec![group; config.kv_heads], skipped: false }; config.layers],
         }
     }
 
@@ -336,7 +339,10 @@ impl HeadPlan {
             return bad(format!("beta is {}, expected 0 to 1", self.beta));
         }
         self.elastic.as_ref().map_or(Ok(()), Elastic::validate)?;
-        for (layer, LayerPlan { groups }) in self.layers.iter().enumerate() {
+        if self.layers.iter().all(|layer| layer.skipped) {
+            return bad("every layer is skipped".into());
+        }
+        for (layer, LayerPlan { groups, skipped }) in self.layers.iter().enumerate() {
             if groups.len() != config.kv_heads {
                 return bad(format!(
                     "layer {layer} lists {} groups, the model has {}",
@@ -345,6 +351,11 @@ impl HeadPlan {
                 ));
             }
             let kept = groups.iter().filter(|g| g.mixer == GroupMixer::Attention).count();
+            if *skipped && kept < groups.len() {
+                return bad(format!(
+                    "layer {layer} is skipped and converts groups; it can do only one of both"
+                ));
+            }
             if kept < self.keep_at_least_per_layer {
                 return bad(format!(
                     "layer {layer} keeps {kept} attention groups, keep_at_least_per_layer is {}",
@@ -374,6 +385,21 @@ impl HeadPlan {
     /// Whether `group` of `layer` is recurrent.
     pub fn is_converted(&self, layer: usize, group: usize) -> bool {
         self.layers[layer].groups[group].mixer == GroupMixer::Recurrent
+    }
+
+    /// Whether `layer` is left out.
+    pub fn is_skipped(&self, layer: usize) -> bool {
+        self.layers[layer].skipped
+    }
+
+    /// Number of layers that are left out.
+    pub fn skipped(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.skipped).count()
+    }
+
+    /// Whether nothing is converted or left out: the base model.
+    pub fn is_base(&self) -> bool {
+        self.converted() == 0 && self.skipped() == 0
     }
 
     /// Number of converted groups in all layers.

@@ -7,7 +7,8 @@ mod summary;
 mod tests;
 
 pub use baseline::{
-    Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS, budget_bytes, streaming, streaming_window, window_only,
+    Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS, budget_bytes, skipping, streaming, streaming_window,
+    window_only,
 };
 pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, cache_bytes_at, summary};
 
@@ -72,6 +73,7 @@ pub fn select(config: &ModelConfig, scores: &[Vec<f64>], options: &SelectOptions
                 .iter()
                 .map(|&score| GroupPlan { mixer: GroupMixer::Attention, score: Some(score) })
                 .collect(),
+            skipped: false,
         })
         .collect();
     let mut in_layer = vec![0; config.layers];

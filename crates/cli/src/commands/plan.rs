@@ -31,9 +31,10 @@ pub struct Args {
     criterion: Option<String>,
     /// A training-free baseline instead of a mixer. streaming-llm: a window and 4 sinks in every group, the window as large as the cache of
     /// --beta at --at tokens allows, or --window. duo-attention: 64 sinks and a window of 256 in the chosen groups. random: groups drawn with --seed.
+    /// skipped-layers: layers that change the residual stream least are left out until the cache at --at tokens is that of --beta.
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(Baseline::ALL.map(Baseline::name)))]
     baseline: Option<String>,
-    /// Share of the KV groups to convert, 0 to 1 (streaming-llm: whose cache it gets).
+    /// Share of the KV groups to convert, 0 to 1 (streaming-llm and skipped-layers: whose cache they get).
     #[arg(long)]
     beta: Option<f64>,
     /// Tokens at which the cache of streaming-llm is as large as that of --beta (with the heads of --bank, else with a window of 64 and 1 sink).
@@ -92,6 +93,7 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     let bank = args.bank.as_ref().map(|path| HeadBank::read(path, config)).transpose()?;
     let plan = match args.baseline() {
         Some(Baseline::StreamingLlm) => args.streaming(config, bank.as_ref())?,
+        Some(Baseline::SkippedLayers) => args.skipping(&heads, bank.as_ref())?,
         baseline => args.selected(&heads, bank.as_ref(), baseline)?,
     };
     let criterion = plan.criterion.as_ref().map_or("nothing", |c| c.name.as_str());
@@ -106,6 +108,9 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
         summary.total,
         plan.mixer.map_or("no mixer".into(), |mixer| mixer.to_string())
     );
+    if plan.skipped() > 0 {
+        println!("{} of {} layers left out", plan.skipped(), plan.layers.len());
+    }
     println!(
         "cache          {} per token (base {}), constant {}",
         bytes(summary.hybrid_bytes_per_token),
@@ -148,16 +153,42 @@ impl Args {
         let sinks = self.sinks.unwrap_or(STREAMING_SINKS);
         let window = match (self.window, self.beta) {
             (Some(window), None) => window,
-            (None, Some(beta)) => {
-                let mixer = bank.map_or(select::window_only(64, 1), |bank| bank.info.spec);
-                let bytes = select::budget_bytes(config, beta, mixer, self.at)?;
-                select::streaming_window(config, bytes, sinks)?
-            }
+            (None, Some(beta)) => select::streaming_window(config, self.budget(config, beta, bank)?, sinks)?,
             _ => return Err(usage("streaming-llm takes its window from either --beta or --window")),
         };
         let mut plan = select::streaming(config, window, sinks)?;
         plan.mixer = plan.mixer.map(|mixer| self.with_dropped(mixer));
         Ok(plan)
+    }
+
+    /// Cache bytes at `--at` tokens of a plan for `beta`.
+    fn budget(&self, config: &ModelConfig, beta: f64, bank: Option<&HeadBank>) -> Result<usize> {
+        let mixer = bank.map_or(select::window_only(64, 1), |bank| bank.info.spec);
+        Ok(select::budget_bytes(config, beta, mixer, self.at)?)
+    }
+
+    /// Layers left out, the others as they are.
+    fn skipping(&self, heads: &HeadsReport, bank: Option<&HeadBank>) -> Result<HeadPlan> {
+        if self.criterion.is_some()
+            || self.mixer.is_some()
+            || self.window.is_some()
+            || self.sinks.is_some()
+            || self.dropped.is_some()
+            || self.keep_at_least_per_layer > 0
+        {
+            return Err(usage(
+                "skipped-layers converts no groups: leave out everything but --heads, --bank, --beta and --at",
+            ));
+        }
+        let beta =
+            self.beta.ok_or_else(|| usage("--beta says how much cache the layers may fill: give it"))?;
+        let similarity = heads.similarity().ok_or_else(|| {
+            anyhow::anyhow!(
+                "the head statistics hold no similarities of layers\nhint: run `recurformer analyze` again"
+            )
+        })?;
+        let bytes = self.budget(&heads.config, beta, bank)?;
+        Ok(select::skipping(&heads.config, &similarity, heads.tokens, bytes, self.at)?)
     }
 
     /// Groups chosen by their scores.

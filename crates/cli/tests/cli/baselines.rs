@@ -148,17 +148,20 @@ fn comparisons_go_on_and_draw() {
     };
     let first = line("few.jsonl", "--criteria recency,random --draws 2 --betas 0.5 --samples 0 --json");
     let few = work.ok_json(&first);
-    // Four methods by one criterion and two draws, and the baseline.
+    // Four methods by one criterion and two draws, and two baselines.
     let rows = few["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 4 * 3 + 1);
+    assert_eq!(rows.len(), 4 * 3 + 2);
     for row in rows {
         // Streaming heads longer than the text change nothing but the order of sums.
         assert!(row["kl"]["value"].as_f64().unwrap() > -1e-6 && row["kl"]["interval"].is_array(), "{row}");
         assert_eq!(row["tokens"], 189);
         assert!(row["cache_bytes_8k"].as_u64() < few["base"]["cache_bytes_8k"].as_u64(), "{row}");
-        let whole = row["method"] == "streaming-llm";
-        assert_eq!(row["converted"], if whole { 4 } else { 2 });
-        assert!(whole == row.get("criterion").is_none());
+        let (converted, chosen) = match row["method"].as_str().unwrap() {
+            "streaming-llm" => (4, false),
+            "skipped-layers" => (0, false),
+            _ => (2, true),
+        };
+        assert_eq!((row["converted"].as_u64(), row.get("criterion").is_some()), (Some(converted), chosen));
     }
     assert_eq!(few["rank_correlation"]["criteria"].as_array().unwrap().len(), 2);
     let written = work.read("few.jsonl");
@@ -167,10 +170,10 @@ fn comparisons_go_on_and_draw() {
 
     let table = work.ok(&line(
         "keys.jsonl",
-        "--criteria mixer-fisher --methods window,bank --betas 0.25,0.75 --passkey-contexts 300 --samples 2 --html page.html --svg chart.svg",
+        "--criteria mixer-fisher --methods window,bank --betas 0.25,0.75 --passkey-contexts 256 --samples 2 --html page.html --svg chart.svg",
     ));
     assert!(
-        table.contains("| bank, mixer-fisher, β 0.75 | 3/4 |") && table.contains("passkey 300"),
+        table.contains("| bank, mixer-fisher, β 0.75 | 3/4 |") && table.contains("passkey 256"),
         "{table}"
     );
     let (page, chart) = (work.read("page.html"), work.read("chart.svg"));
@@ -180,4 +183,41 @@ fn comparisons_go_on_and_draw() {
     work.fails(2, &line("few.jsonl", "--samples 0 --betas 2"), &["between 0 and 1"]);
     let without = "eval compare --model llama3 --heads heads.json --data data.npy --context 64 --samples 0 --methods bank --out x.jsonl";
     work.fails(2, without, &["needs a head bank"]);
+}
+
+#[test]
+fn a_layer_is_left_out() {
+    let work = Work::with_model("llama3");
+    work.ok("analyze --model llama3 --data data.npy --tokens 128 --context 64 --out heads.json");
+    let out =
+        work.ok("plan --heads heads.json --baseline skipped-layers --beta 0.5 --at 100 --out plan.json");
+    assert!(out.contains("1 of 2 layers left out"), "{out}");
+    let plan = work.json("plan.json");
+    let heads = work.json("heads.json");
+    let similarity = |layer: usize| heads["layers"][layer]["similarity"].as_f64().unwrap();
+    let skipped = usize::from(similarity(1) > similarity(0));
+    assert_eq!(plan["layers"][skipped]["skipped"], true);
+    work.ok("convert --model llama3 --plan plan.json --out shorter");
+    work.ok("export --model shorter --gguf shorter.gguf --weights f32");
+    let inspected = work.ok_json("inspect shorter.gguf --json");
+    assert_eq!((&inspected["hybrid"], &inspected["plan"]), (&true.into(), &plan));
+    let base = work.ok_json("inspect llama3 --json");
+    assert_eq!(
+        inspected["kv_bytes_per_token"].as_u64().unwrap() * 2,
+        base["kv_bytes_per_token"].as_u64().unwrap()
+    );
+    assert!(work.ok("inspect shorter").contains("--"));
+    let logits = |model: &str| {
+        work.ok(&format!("logits --model {model} --tokens 1,2,3,4 --out logits.npy"));
+        read_logits(&work.path("logits.npy"))
+    };
+    assert_eq!(logits("shorter"), logits("shorter.gguf"));
+    assert_ne!(logits("shorter"), logits("llama3"));
+    let again = "convert --model shorter --plan plan.json --out twice";
+    work.fails(1, again, &["hybrid already", "1 layers skipped"]);
+    work.fails(
+        2,
+        "plan --heads heads.json --baseline skipped-layers --beta 0.5 --window 4 --out p.json",
+        &["converts no groups"],
+    );
 }

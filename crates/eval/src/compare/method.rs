@@ -23,12 +23,20 @@ pub enum Method {
     DuoAttention,
     /// Every group behind one window, as large as the cache of the budget allows; chooses no groups.
     StreamingLlm,
+    /// Layers whose output is most like their input are left out until the cache fits the budget; chooses no groups.
+    SkippedLayers,
 }
 
 impl Method {
     /// All of them, in the order of results.
-    pub const ALL: [Self; 5] =
-        [Self::Window, Self::WindowAveraged, Self::Bank, Self::DuoAttention, Self::StreamingLlm];
+    pub const ALL: [Self; 6] = [
+        Self::Window,
+        Self::WindowAveraged,
+        Self::Bank,
+        Self::DuoAttention,
+        Self::StreamingLlm,
+        Self::SkippedLayers,
+    ];
 
     /// The name used in files and on the command line.
     pub fn name(self) -> &'static str {
@@ -38,12 +46,13 @@ impl Method {
             Self::Bank => "bank",
             Self::DuoAttention => "duo-attention",
             Self::StreamingLlm => "streaming-llm",
+            Self::SkippedLayers => "skipped-layers",
         }
     }
 
     /// Whether a criterion chooses its groups.
     pub fn chooses(self) -> bool {
-        self != Self::StreamingLlm
+        !matches!(self, Self::StreamingLlm | Self::SkippedLayers)
     }
 }
 
@@ -103,7 +112,7 @@ impl<'a> Planner<'a> {
                 "the method bank needs a head bank\nhint: give --bank, or leave the method out".into()
             );
         }
-        if inputs.model.plan.converted() > 0 {
+        if !inputs.model.plan.is_base() {
             return bad("the model is a hybrid already\nhint: compare conversions of its base".into());
         }
         let scores = options
@@ -153,7 +162,17 @@ impl<'a> Planner<'a> {
         let Configuration { method, criterion, seed, beta } = configuration;
         let config = &self.inputs.model.config;
         let Some(name) = criterion else {
-            let bytes = select::budget_bytes(config, *beta, self.budget_mixer(), self.settings.context)?;
+            let tokens = self.settings.context;
+            let bytes = select::budget_bytes(config, *beta, self.budget_mixer(), tokens)?;
+            if *method == Method::SkippedLayers {
+                let heads = self.inputs.heads;
+                let similarity = heads.similarity().ok_or_else(|| {
+                    EvalError::Argument(
+                        "the head statistics hold no similarities of layers\nhint: analyze again, or leave the method skipped-layers out".into(),
+                    )
+                })?;
+                return Ok(select::skipping(config, &similarity, heads.tokens, bytes, tokens)?);
+            }
             let sinks = select::STREAMING_SINKS;
             let window = select::streaming_window(config, bytes, sinks)?;
             return Ok(select::streaming(config, window, sinks)?);
@@ -182,7 +201,7 @@ impl<'a> Planner<'a> {
     fn mixer(&self, method: Method) -> MixerSpec {
         let own = select::window_only(self.settings.window, self.settings.sinks);
         match method {
-            Method::Window | Method::StreamingLlm => own,
+            Method::Window | Method::StreamingLlm | Method::SkippedLayers => own,
             Method::WindowAveraged => MixerSpec { dropped: Dropped::Averaged, ..own },
             Method::Bank => self.inputs.bank.map_or(own, |bank| bank.info.spec),
             Method::DuoAttention => select::window_only(DUO_WINDOW, DUO_SINKS),

@@ -176,7 +176,10 @@ pub fn compare(
             let bytes = |tokens| cache_bytes_at(&plan, &inputs.model.config, tokens);
             file.push(Row {
                 configuration: configuration.clone(),
-                mixer: plan.mixer.map_or_else(|| "attention".into(), |mixer| mixer.to_string()),
+                mixer: match plan.skipped() {
+                    0 => plan.mixer.map_or_else(|| "attention".into(), |mixer| mixer.to_string()),
+                    skipped => format!("{skipped} of {} layers skipped", plan.layers.len()),
+                },
                 converted: plan.converted(),
                 total: plan.total(),
                 cache_bytes: bytes(settings.context),

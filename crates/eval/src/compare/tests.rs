@@ -287,3 +287,26 @@ fn the_chart_shows_every_configuration_and_needs_no_network() {
     let cells: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();
     assert_eq!(cells, [8; 7][..cells.len()], "{table}");
 }
+
+#[test]
+fn layers_are_left_out_until_the_budget_is_met() {
+    let mut fixture = fixture();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r.jsonl");
+    let mut file = ResultsFile::open(&path, fixture.settings()).unwrap();
+    let wanted = options(&[Method::SkippedLayers, Method::Window], &["recency"], &[0.5]);
+    let comparison = fixture.compare(&wanted, &mut file, &mut Silent).unwrap();
+    let [skipped, window] = &comparison.rows[..] else { panic!("two rows") };
+    assert_eq!(skipped.mixer, "1 of 2 layers skipped");
+    assert!(
+        skipped.cache_bytes <= window.cache_bytes && skipped.cache_bytes == comparison.base.cache_bytes / 2
+    );
+    assert!(
+        skipped.distance.kl.value > window.distance.kl.value,
+        "a layer is missed more than distant tokens"
+    );
+    fixture.heads.layers[1].similarity = None;
+    let mut file = ResultsFile::open(&dir.path().join("old.jsonl"), fixture.settings()).unwrap();
+    let message = fixture.compare(&wanted, &mut file, &mut Silent).unwrap_err().to_string();
+    assert!(message.contains("no similarities of layers"), "{message}");
+}

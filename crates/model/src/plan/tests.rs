@@ -152,6 +152,23 @@ fn mixer_ranges() {
 }
 
 #[test]
+fn skipped_layers_convert_nothing_and_one_is_left() {
+    let mut plan = some_converted();
+    assert!(!plan.to_json().contains("skipped") && !plan.is_base());
+    plan.layers[0].skipped = true;
+    assert!(plan.validate(&config()).is_ok());
+    assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
+    let message = |plan: &HeadPlan| plan.validate(&config()).unwrap_err().to_string();
+    plan.layers[1].skipped = true;
+    assert!(message(&plan).contains("every layer is skipped"));
+    plan.layers[0].skipped = false;
+    assert!(message(&plan).contains("layer 1 is skipped and converts groups"));
+    plan.layers[1].groups[0].mixer = GroupMixer::Attention;
+    assert!(plan.validate(&config()).is_ok() && !plan.is_base());
+    assert_eq!((plan.skipped(), plan.is_skipped(0), plan.is_skipped(1)), (1, false, true));
+}
+
+#[test]
 fn only_averaged_tokens_are_written_down() {
     let mut plan = some_converted();
     assert!(!plan.to_json().contains("dropped"), "plans that forget look as they always did");
@@ -186,7 +203,7 @@ fn any_plan() -> impl Strategy<Value = HeadPlan> {
             mixer,
             beta,
             keep_at_least_per_layer: keep,
-            layers: groups.chunks(2).map(|g| LayerPlan { groups: g.to_vec() }).collect(),
+            layers: groups.chunks(2).map(|g| LayerPlan { groups: g.to_vec(), skipped: false }).collect(),
             ..HeadPlan::empty(&config())
         }
     })

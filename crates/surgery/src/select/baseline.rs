@@ -22,11 +22,13 @@ pub enum Baseline {
     DuoAttention,
     /// Groups drawn at random, whatever replaces them.
     Random,
+    /// Layers whose output is most like their input are left out (as ShortGPT does, arXiv 2403.03853).
+    SkippedLayers,
 }
 
 impl Baseline {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::StreamingLlm, Self::DuoAttention, Self::Random];
+    pub const ALL: [Self; 4] = [Self::StreamingLlm, Self::DuoAttention, Self::Random, Self::SkippedLayers];
 
     /// The name used in plans and on the command line.
     pub fn name(self) -> &'static str {
@@ -34,6 +36,7 @@ impl Baseline {
             Self::StreamingLlm => "streaming-llm",
             Self::DuoAttention => "duo-attention",
             Self::Random => "random",
+            Self::SkippedLayers => "skipped-layers",
         }
     }
 }
@@ -94,6 +97,52 @@ pub fn streaming_window(config: &ModelConfig, bytes: usize, sinks: usize) -> Res
     }
 }
 
+/// The plan that leaves out as few layers as hold the cache within `bytes` (f16) after `tokens` tokens: those of highest `similarity` (mean cosine
+/// between what comes in and what goes out; ties: the lower layer first), chosen from one measurement of the whole model.
+///
+/// # Errors
+/// [`SurgeryError::Argument`] for similarities of another number of layers or that are not finite, and when no layer would be left.
+pub fn skipping(
+    config: &ModelConfig,
+    similarity: &[f64],
+    calibration_tokens: usize,
+    bytes: usize,
+    tokens: usize,
+) -> Result<HeadPlan> {
+    if similarity.len() != config.layers || similarity.iter().any(|s| !s.is_finite()) {
+        return Err(SurgeryError::Argument(format!(
+            "layer similarities {similarity:?}, expected {} finite numbers",
+            config.layers
+        )));
+    }
+    let mut plan = HeadPlan {
+        criterion: Some(PlanCriterion {
+            name: Baseline::SkippedLayers.name().into(),
+            tokens: calibration_tokens,
+            bank_sha256: None,
+            data_sha256: None,
+            seed: None,
+        }),
+        ..HeadPlan::empty(config)
+    };
+    let mut order: Vec<usize> = (0..config.layers).collect();
+    // Stable: ties stay in order.
+    order.sort_by(|&a, &b| similarity[b].total_cmp(&similarity[a]));
+    for layer in order {
+        if cache_bytes_at(&plan, config, tokens) <= bytes {
+            break;
+        }
+        plan.layers[layer].skipped = true;
+    }
+    if plan.skipped() == config.layers {
+        return Err(SurgeryError::Argument(format!(
+            "{bytes} cache bytes hold {tokens} tokens in no layer\nhint: lower beta"
+        )));
+    }
+    plan.validate(config)?;
+    Ok(plan)
+}
+
 /// Cache bytes (f16) after `tokens` tokens of a plan that converts a share `beta` to `mixer`, whichever groups these are.
 ///
 /// # Errors
@@ -117,6 +166,25 @@ mod tests {
         assert_eq!((plan.converted(), plan.total()), (4, 4));
         assert_eq!(plan.mixer, Some(window_only(60, 4)));
         assert!(streaming(&config(), 0, 0).is_err());
+    }
+
+    #[test]
+    fn the_most_similar_layers_go_until_the_budget_is_met() {
+        let config = ModelConfig { layers: 4, ..config() };
+        let skipped = |bytes: usize| {
+            let plan = skipping(&config, &[0.5, 0.9, 0.2, 0.9], 7, bytes, 100).unwrap();
+            assert!(cache_bytes_at(&plan, &config, 100) <= bytes);
+            (0..4).filter(|&layer| plan.is_skipped(layer)).collect::<Vec<_>>()
+        };
+        // 2 groups × (k, v) × 8 values × 2 bytes for each of 100 tokens.
+        let layer = 2 * 2 * 8 * 2 * 100;
+        assert_eq!(skipped(4 * layer), [0; 0]);
+        assert_eq!(skipped(4 * layer - 1), [1]);
+        assert_eq!(skipped(2 * layer + 1), [1, 3]);
+        assert_eq!(skipped(layer), [0, 1, 3]);
+        assert!(skipping(&config, &[0.5, 0.9, 0.2, 0.9], 7, layer - 1, 100).is_err());
+        assert!(skipping(&config, &[0.5, 0.9, 0.2], 7, layer, 100).is_err());
+        assert!(skipping(&config, &[0.5, 0.9, 0.2, f64::NAN], 7, layer, 100).is_err());
     }
 
     #[test]

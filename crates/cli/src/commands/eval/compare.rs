@@ -39,7 +39,8 @@ pub struct CompareArgs {
     #[command(flatten)]
     data: DataArgs,
     /// What stands in the chosen groups, comma-separated: window (training-free), window-averaged (the same, what it drops averaged to one
-    /// token), bank (trained heads), duo-attention (64 sinks, the last 256 tokens); and streaming-llm, a window in every group, as large as the cache of the budget at --context allows. Default: all, bank with --bank.
+    /// token), bank (trained heads), duo-attention (64 sinks, the last 256 tokens); and within the cache of the
+    /// budget at --context: streaming-llm (a window in every group), skipped-layers (layers that change the residual stream least are left out). Default: all that --bank and heads.json allow.
     #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(Method::ALL.map(Method::name)))]
     methods: Vec<String>,
     /// How groups are chosen, comma-separated (default: everything that heads.json and the bank hold scores of).
@@ -141,7 +142,7 @@ pub fn run(args: &CompareArgs, ui: &mut Ui) -> Result<()> {
         engine,
     };
     let options = CompareOptions {
-        methods: args.methods(),
+        methods: args.methods(&heads),
         criteria: match &*args.criteria {
             [] => available_criteria(&heads, bank.as_ref()),
             criteria => criteria.to_vec(),
@@ -165,9 +166,13 @@ pub fn run(args: &CompareArgs, ui: &mut Ui) -> Result<()> {
 }
 
 impl CompareArgs {
-    fn methods(&self) -> Vec<Method> {
+    fn methods(&self, heads: &HeadsReport) -> Vec<Method> {
         let wanted = |method: &Method| match &*self.methods {
-            [] => *method != Method::Bank || self.bank.is_some(),
+            [] => match method {
+                Method::Bank => self.bank.is_some(),
+                Method::SkippedLayers => heads.similarity().is_some(),
+                _ => true,
+            },
             names => names.iter().any(|name| name == method.name()),
         };
         Method::ALL.into_iter().filter(wanted).collect()
