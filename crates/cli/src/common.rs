@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
-use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
+use model::{Dropped, Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
 use std::path::{Path, PathBuf};
 use train::data::{self, DataSource, Document, SelfOptions, SequenceStream, Split};
 use weights::{Checkpoint, ModelSource, Tokenizer};
@@ -139,9 +139,9 @@ pub fn plan_of(checkpoint: &Checkpoint) -> Result<HeadPlan> {
     })
 }
 
-/// `--weights`, `--kv-type` and `--beta` of the commands that run a model.
+/// `--weights` and `--kv-type`.
 #[derive(clap::Args, Clone, Debug)]
-pub struct EngineArgs {
+pub struct TypeArgs {
     /// Weights in memory: stored (each as in the checkpoint), f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k or q6_k.
     /// Default: stored; f32 where models are judged.
     #[arg(long, value_name = "TYPE", value_parser = weight_type)]
@@ -149,6 +149,13 @@ pub struct EngineArgs {
     /// Attention cache: f32, f16, bf16 or q8. Default: f16; f32 where models are judged.
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
     pub kv_type: Option<KvType>,
+}
+
+/// `--weights`, `--kv-type` and `--beta` of the commands that run a model.
+#[derive(clap::Args, Clone, Debug)]
+pub struct EngineArgs {
+    #[command(flatten)]
+    types: TypeArgs,
     #[command(flatten)]
     budget: BudgetArgs,
 }
@@ -182,7 +189,7 @@ fn kv_type(name: &str) -> Result<KvType, String> {
         .ok_or_else(|| "unknown cache type; there are f32, f16, bf16 and q8".to_string())
 }
 
-impl EngineArgs {
+impl TypeArgs {
     /// Options of the engine: `defaults` where the command line says nothing.
     pub fn options(&self, defaults: EngineOptions) -> EngineOptions {
         let weights = match self.weights {
@@ -191,6 +198,13 @@ impl EngineArgs {
             Some(WeightType::Converted(dtype)) => Some(dtype),
         };
         EngineOptions { weights, kv_type: self.kv_type.unwrap_or(defaults.kv_type) }
+    }
+}
+
+impl EngineArgs {
+    /// Options of the engine: `defaults` where the command line says nothing.
+    pub fn options(&self, defaults: EngineOptions) -> EngineOptions {
+        self.types.options(defaults)
     }
 
     /// Opens the model that these options are for, and packs its weights. (A model that it is compared with runs as it is: [`run_engine`].)
@@ -364,7 +378,7 @@ impl MixerArg {
             Self::GatedDelta => (RecurrentKind::GatedDelta, config.head_dim, 4),
             Self::None => (RecurrentKind::None, 0, 0),
         };
-        Ok(MixerSpec { recurrent, window, sinks, d_state, d_conv })
+        Ok(MixerSpec { recurrent, window, sinks, d_state, d_conv, dropped: Dropped::Forgotten })
     }
 }
 

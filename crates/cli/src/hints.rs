@@ -35,6 +35,7 @@ fn of_eval(error: &EvalError) -> Option<&'static str> {
         EvalError::Model(error) => of_model(error),
         EvalError::Weights(error) => of_weights(error),
         EvalError::Train(error) => of_train(error),
+        EvalError::Surgery(error) => of_surgery(error),
         EvalError::Argument(_) => Some(OPTIONS),
         EvalError::Mismatch { .. } | EvalError::File { .. } | EvalError::Interrupted => None,
     }

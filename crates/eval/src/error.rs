@@ -11,6 +11,9 @@ pub enum EvalError {
     /// Tokenizer or checkpoint failed.
     #[error(transparent)]
     Weights(#[from] weights::WeightsError),
+    /// Scores are missing, or a plan does not fit.
+    #[error(transparent)]
+    Surgery(#[from] surgery::SurgeryError),
     /// A data file failed.
     #[error(transparent)]
     Train(#[from] train::TrainError),

@@ -4,6 +4,7 @@
 
 pub mod answers;
 pub mod bench;
+pub mod compare;
 pub mod error;
 pub mod hashhop;
 pub mod passkey;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// Rows of logits formed at a time, so that `[seq, vocab]` never exists whole.
-const ROWS: usize = 256;
+pub(crate) const ROWS: usize = 256;
 
 /// Scores of one model on one file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -53,12 +53,13 @@ pub struct Quality {
     pub overall: OverallQuality,
 }
 
+/// What scored rows add up to.
 #[derive(Clone, Copy, Default)]
-struct Sums {
-    nll: f64,
-    kl: f64,
-    agree: usize,
-    tokens: usize,
+pub(crate) struct Sums {
+    pub nll: f64,
+    pub kl: f64,
+    pub agree: usize,
+    pub tokens: usize,
 }
 
 /// Scores every model of `models` on the same windows. With a `base`, each is also compared with it; the base runs once per window, also when it is
@@ -116,20 +117,27 @@ pub fn evaluate(
     Ok(sums.iter().map(|per_file| summarise(texts, per_file, base.is_some())).collect())
 }
 
-fn hidden(exec: &Exec, model: &Engine, window: &Window) -> Result<Vec<f32>> {
+pub(crate) fn hidden(exec: &Exec, model: &Engine, window: &Window) -> Result<Vec<f32>> {
     // The last token is only predicted, never read.
     let tokens = &window.tokens[..window.tokens.len() - 1];
     Ok(model.hidden(exec, tokens, &mut model.new_cache())?)
 }
 
-fn logits(exec: &Exec, model: &Engine, hidden: &[f32], rows: &Range<usize>) -> Vec<f32> {
+pub(crate) fn logits(exec: &Exec, model: &Engine, hidden: &[f32], rows: &Range<usize>) -> Vec<f32> {
     let d_model = model.config.d_model;
     model.logits(exec, &hidden[rows.start * d_model..rows.end * d_model])
 }
 
 impl Sums {
     /// Adds rows of logits that predict `targets`.
-    fn add(&mut self, exec: &Exec, vocab: usize, student: &[f32], teacher: Option<&[f32]>, targets: &[u32]) {
+    pub fn add(
+        &mut self,
+        exec: &Exec,
+        vocab: usize,
+        student: &[f32],
+        teacher: Option<&[f32]>,
+        targets: &[u32],
+    ) {
         let sum = |values: &[f32]| values.iter().map(|&x| f64::from(x)).sum::<f64>();
         let mut per_row = vec![0.0; targets.len()];
         loss::cross_entropy(exec, student, vocab, targets, 1.0, &mut per_row, None);

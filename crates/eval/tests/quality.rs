@@ -82,8 +82,14 @@ fn a_model_does_not_diverge_from_itself_and_a_windowed_one_does() {
     let exec = Exec::new(2).unwrap();
     let mut plan = HeadPlan::empty(&model.config);
     plan.beta = 1.0;
-    plan.mixer =
-        Some(MixerSpec { recurrent: RecurrentKind::None, window: 2, sinks: 0, d_state: 0, d_conv: 0 });
+    plan.mixer = Some(MixerSpec {
+        recurrent: RecurrentKind::None,
+        window: 2,
+        sinks: 0,
+        d_state: 0,
+        d_conv: 0,
+        dropped: Default::default(),
+    });
     plan.layers.iter_mut().flat_map(|l| &mut l.groups).for_each(|g| g.mixer = GroupMixer::Recurrent);
     let windowed = model.with_plan(plan, &mut |_, _| Ok(Default::default())).unwrap();
     let texts = windows(&documents(&tokens), &options(33)).unwrap();

@@ -38,8 +38,14 @@ fn engines() -> Vec<Engine> {
     let base = Model::load(&Checkpoint::open(&dir).unwrap()).unwrap();
     let mut plan = HeadPlan::empty(&base.config);
     plan.beta = 0.5;
-    plan.mixer =
-        Some(MixerSpec { recurrent: RecurrentKind::None, window: 8, sinks: 1, d_state: 0, d_conv: 0 });
+    plan.mixer = Some(MixerSpec {
+        recurrent: RecurrentKind::None,
+        window: 8,
+        sinks: 1,
+        d_state: 0,
+        d_conv: 0,
+        dropped: Default::default(),
+    });
     plan.layers.iter_mut().for_each(|l| l.groups[0].mixer = GroupMixer::Recurrent);
     let hybrid = base.with_plan(plan, &mut |_, _| Ok(Default::default())).unwrap();
     [base, hybrid]

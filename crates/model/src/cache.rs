@@ -15,7 +15,7 @@ pub(crate) struct CacheShape {
     pub kv_type: KvType,
     /// Values per kept group and token, keys and values each.
     pub head_dim: usize,
-    /// Per layer and group: whether it is converted.
+    /// Per layer and group: whether it is converted. A layer that is left out has no groups here.
     pub converted: Vec<Vec<bool>>,
     /// Layout of converted groups, when there are any.
     pub layout: Option<HeadLayout>,
@@ -24,7 +24,10 @@ pub(crate) struct CacheShape {
 impl CacheShape {
     pub fn new(config: &ModelConfig, plan: &HeadPlan, layout: Option<HeadLayout>, kv_type: KvType) -> Self {
         let converted = (0..config.layers)
-            .map(|l| (0..config.kv_heads).map(|g| plan.is_converted(l, g)).collect())
+            .map(|l| match plan.is_skipped(l) {
+                true => Vec::new(),
+                false => (0..config.kv_heads).map(|g| plan.is_converted(l, g)).collect(),
+            })
             .collect();
         Self { kv_type, head_dim: config.head_dim, converted, layout }
     }

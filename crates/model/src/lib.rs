@@ -20,7 +20,7 @@ pub use error::{ModelError, Result};
 pub use model::{Model, ResolvedPlan, Tape, TokenBatch, head_tensor_name, narrow};
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};
-pub use plan::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind};
+pub use plan::{Dropped, GroupMixer, HeadPlan, MixerSpec, RecurrentKind};
 pub use progress::{Progress, Silent};
 pub use sampler::{Sampler, SamplerOptions};
 pub use weights::{Family, ModelConfig};

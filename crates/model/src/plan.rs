@@ -26,6 +26,17 @@ pub enum RecurrentKind {
     GatedDelta,
 }
 
+/// What becomes of tokens that a converted group's window no longer shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dropped {
+    /// Nothing.
+    #[default]
+    Forgotten,
+    /// They are averaged to one key and value that weighs as much as their number: RazorAttention's compensation token (arXiv 2407.15891).
+    Averaged,
+}
+
 /// What replaces attention in every converted group of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +51,9 @@ pub struct MixerSpec {
     pub d_state: usize,
     /// Taps of the short convolution; 0 for `none`.
     pub d_conv: usize,
+    /// What becomes of tokens behind the window; left out of the JSON where they are forgotten.
+    #[serde(default, skip_serializing_if = "Dropped::are_forgotten")]
+    pub dropped: Dropped,
 }
 
 /// Attention or recurrent.
@@ -69,6 +83,9 @@ pub struct GroupPlan {
 pub struct LayerPlan {
     /// Decisions, one per KV head.
     pub groups: Vec<GroupPlan>,
+    /// The layer is left out: its output is its input, and it caches nothing. It then converts no group.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skipped: bool,
 }
 
 /// The model a plan was made for.
@@ -156,6 +173,12 @@ fn expect_eq<T: PartialEq + fmt::Display>(what: &str, expected: T, found: T) -> 
     bad(format!("made for another model: {what} is {found} in the plan, {expected} in the model"))
 }
 
+impl Dropped {
+    fn are_forgotten(&self) -> bool {
+        *self == Self::Forgotten
+    }
+}
+
 impl RecurrentKind {
     /// The name used in plans and on the command line.
     pub fn name(self) -> &'static str {
@@ -170,9 +193,13 @@ impl RecurrentKind {
 
 impl fmt::Display for MixerSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { recurrent, window, sinks, d_state, d_conv } = self;
+        let Self { recurrent, window, sinks, d_state, d_conv, dropped } = self;
         let kind = recurrent.name();
-        write!(f, "mixer {kind}, window {window}, sinks {sinks}, d_state {d_state}, d_conv {d_conv}")
+        write!(f, "mixer {kind}, window {window}, sinks {sinks}, d_state {d_state}, d_conv {d_conv}")?;
+        match dropped {
+            Dropped::Forgotten => Ok(()),
+            Dropped::Averaged => f.write_str(", dropped tokens averaged"),
+        }
     }
 }
 
@@ -182,7 +209,7 @@ impl MixerSpec {
     /// # Errors
     /// [`ModelError::Plan`] naming the field, the allowed range and what was found.
     pub fn validate(&self, head_dim: usize) -> Result<()> {
-        let Self { recurrent, window, sinks, d_state, d_conv } = *self;
+        let Self { recurrent, window, sinks, d_state, d_conv, dropped } = *self;
         let kind = recurrent.name();
         if window > MAX_WINDOW {
             return bad(format!("mixer window is {window}, at most {MAX_WINDOW} is supported"));
@@ -192,6 +219,9 @@ impl MixerSpec {
         }
         if sinks > 0 && window == 0 {
             return bad(format!("mixer has {sinks} sinks but no window; sinks need a window of at least 1"));
+        }
+        if dropped == Dropped::Averaged && window == 0 {
+            return bad("mixer averages the tokens that its window drops, but has no window".into());
         }
         let state_range = match recurrent {
             RecurrentKind::None if window == 0 => {
@@ -257,7 +287,7 @@ impl HeadPlan {
             keep_at_least_per_layer: 0,
             mixer: None,
             elastic: None,
-            layers: vec![LayerPlan { groups: vec![group; config.kv_heads] }; config.layers],
+            layers: vec![LayerPlan { groups: vec![group; config.kv_heads], skipped: false }; config.layers],
         }
     }
 
@@ -309,7 +339,10 @@ impl HeadPlan {
             return bad(format!("beta is {}, expected 0 to 1", self.beta));
         }
         self.elastic.as_ref().map_or(Ok(()), Elastic::validate)?;
-        for (layer, LayerPlan { groups }) in self.layers.iter().enumerate() {
+        if self.layers.iter().all(|layer| layer.skipped) {
+            return bad("every layer is skipped".into());
+        }
+        for (layer, LayerPlan { groups, skipped }) in self.layers.iter().enumerate() {
             if groups.len() != config.kv_heads {
                 return bad(format!(
                     "layer {layer} lists {} groups, the model has {}",
@@ -318,6 +351,11 @@ impl HeadPlan {
                 ));
             }
             let kept = groups.iter().filter(|g| g.mixer == GroupMixer::Attention).count();
+            if *skipped && kept < groups.len() {
+                return bad(format!(
+                    "layer {layer} is skipped and converts groups; it can do only one of both"
+                ));
+            }
             if kept < self.keep_at_least_per_layer {
                 return bad(format!(
                     "layer {layer} keeps {kept} attention groups, keep_at_least_per_layer is {}",
@@ -347,6 +385,21 @@ impl HeadPlan {
     /// Whether `group` of `layer` is recurrent.
     pub fn is_converted(&self, layer: usize, group: usize) -> bool {
         self.layers[layer].groups[group].mixer == GroupMixer::Recurrent
+    }
+
+    /// Whether `layer` is left out.
+    pub fn is_skipped(&self, layer: usize) -> bool {
+        self.layers[layer].skipped
+    }
+
+    /// Number of layers that are left out.
+    pub fn skipped(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.skipped).count()
+    }
+
+    /// Whether nothing is converted or left out: the base model.
+    pub fn is_base(&self) -> bool {
+        self.converted() == 0 && self.skipped() == 0
     }
 
     /// Number of converted groups in all layers.

@@ -171,13 +171,15 @@ fn head_names(model: &Model) -> impl Iterator<Item = String> {
 }
 
 fn refuse_hybrid(plan: &HeadPlan) -> Result<()> {
-    match plan.converted() {
-        0 => Ok(()),
-        n => Err(SurgeryError::Argument(format!(
-            "this model is a hybrid already: {n} of {} groups are converted\nhint: convert the base model with the new plan",
-            plan.total()
-        ))),
+    if plan.is_base() {
+        return Ok(());
     }
+    Err(SurgeryError::Argument(format!(
+        "this model is a hybrid already: {} of {} groups are converted, {} layers skipped\nhint: convert the base model with the new plan",
+        plan.converted(),
+        plan.total(),
+        plan.skipped()
+    )))
 }
 
 /// Checks that plan, bank and statistics fit each other and the model; the layout of converted groups, if there are any.

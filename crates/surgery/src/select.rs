@@ -1,11 +1,16 @@
 //! From scores to a HeadPlan under a budget, and what the plan costs.
 //! Knows scores, groups and bytes; knows nothing of where the scores come from.
 
+mod baseline;
 mod summary;
 #[cfg(test)]
 mod tests;
 
-pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, summary};
+pub use baseline::{
+    Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS, budget_bytes, skipping, streaming, streaming_window,
+    window_only,
+};
+pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, cache_bytes_at, summary};
 
 use crate::error::{Result, SurgeryError};
 use model::plan::{GroupPlan, LayerPlan, PlanCriterion, groups_at};
@@ -68,6 +73,7 @@ pub fn select(config: &ModelConfig, scores: &[Vec<f64>], options: &SelectOptions
                 .iter()
                 .map(|&score| GroupPlan { mixer: GroupMixer::Attention, score: Some(score) })
                 .collect(),
+            skipped: false,
         })
         .collect();
     let mut in_layer = vec![0; config.layers];

@@ -10,9 +10,10 @@ use crate::criteria::{self, Criterion, ForwardCriterion, Source};
 use crate::error::{Result, SurgeryError};
 use accumulate::HeadAccumulator;
 use kernels::Exec;
+use kernels::elementwise::dot;
 use model::observe::AttnView;
 use model::plan::PlanModel;
-use model::{LayerObserver, Model, ModelConfig, Progress, TokenBatch};
+use model::{LayerObserver, Model, ModelConfig, Progress, Tape, TokenBatch};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -66,6 +67,9 @@ pub struct LayerHeads {
     pub heads: Vec<HeadStats>,
     /// Per KV group.
     pub groups: Vec<GroupStats>,
+    /// Mean cosine over tokens between the residual stream that comes into the layer and the one that leaves it; absent in older files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub similarity: Option<f64>,
 }
 
 /// The content of `heads.json`.
@@ -147,12 +151,16 @@ pub fn analyze(
         heads: vec![vec![HeadAccumulator::new(context); config.heads]; config.layers],
         forward,
     };
+    let (mut tape, mut similarity) = (Tape::default(), vec![0.0; config.layers]);
     progress.start("analyze", tokens as u64, "tokens");
     for sequence in sequences {
         if progress.cancelled() {
             return Err(SurgeryError::Interrupted);
         }
-        model.forward_batch(exec, &TokenBatch::one(sequence), &mut observer, None)?;
+        model.forward_batch(exec, &TokenBatch::one(sequence), &mut observer, Some(&mut tape))?;
+        for (layer, sum) in similarity.iter_mut().enumerate() {
+            *sum += cosines(tape.residual(layer), tape.residual(layer + 1), config.d_model);
+        }
         progress.advance(sequence.len() as u64, "");
     }
     progress.finish();
@@ -169,6 +177,9 @@ pub fn analyze(
         seed: options.seed,
         layers: observer.heads.iter().map(|heads| layer_report(heads, config.group_size())).collect(),
     };
+    for (layer, sum) in report.layers.iter_mut().zip(similarity) {
+        layer.similarity = Some(sum / tokens as f64);
+    }
     for (name, criterion) in observer.forward {
         report.set_scores(name, &criterion.finish(tokens));
     }
@@ -214,10 +225,11 @@ fn check_windows(head: &HeadAccumulator, sequences: &[Vec<u32>]) -> Result<()> {
 
 /// Refuses hybrids and sequences without a query to look at.
 pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<()> {
-    if model.plan.converted() > 0 {
+    if !model.plan.is_base() {
         return Err(SurgeryError::Argument(format!(
-            "this model is a hybrid already ({} groups converted); heads are measured on the base model",
-            model.plan.converted()
+            "this model is a hybrid already ({} groups converted, {} layers skipped); heads are measured on the base model",
+            model.plan.converted(),
+            model.plan.skipped()
         )));
     }
     if sequences.is_empty() {
@@ -230,6 +242,16 @@ pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<(
         )));
     }
     Ok(())
+}
+
+/// Sum of the cosines between the rows of two matrices of `width` columns; of a row of zeros it is 0.
+fn cosines(a: &[f32], b: &[f32], width: usize) -> f64 {
+    let rows = a.chunks_exact(width).zip(b.chunks_exact(width));
+    rows.map(|(a, b)| {
+        let scale = (dot(a, a) * dot(b, b)).sqrt();
+        if scale > 0.0 { dot(a, b) / scale } else { 0.0 }
+    })
+    .sum()
 }
 
 fn tokens_sha256(sequences: &[Vec<u32>]) -> String {
@@ -271,7 +293,7 @@ fn layer_report(heads: &[HeadAccumulator], group_size: usize) -> LayerHeads {
         .chunks_exact(group_size)
         .map(|heads| GroupStats { stats: HeadStats::mean(heads), scores: BTreeMap::new() })
         .collect();
-    LayerHeads { heads, groups }
+    LayerHeads { heads, groups, similarity: None }
 }
 
 impl HeadStats {

@@ -64,7 +64,14 @@ pub fn spec(recurrent: RecurrentKind, window: usize) -> MixerSpec {
         RecurrentKind::Mamba => (16, 4),
         RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => (8, 4),
     };
-    MixerSpec { recurrent, window, sinks: usize::from(window > 0), d_state, d_conv }
+    MixerSpec {
+        recurrent,
+        window,
+        sinks: usize::from(window > 0),
+        d_state,
+        d_conv,
+        dropped: Default::default(),
+    }
 }
 
 pub fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {

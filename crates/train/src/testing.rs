@@ -96,7 +96,7 @@ pub fn mixer_specs(head_dim: usize) -> Vec<MixerSpec> {
         [(RecurrentKind::Mamba2, head_dim), (RecurrentKind::GatedDelta, head_dim), (RecurrentKind::Mamba, 16)]
     {
         for (window, sinks) in [(0, 0), (4, 1)] {
-            out.push(MixerSpec { recurrent, window, sinks, d_state, d_conv: 4 });
+            out.push(MixerSpec { recurrent, window, sinks, d_state, d_conv: 4, dropped: Default::default() });
         }
     }
     out

@@ -1,5 +1,6 @@
 //! `eval`: perplexity, divergence from a base, long-range tasks.
 
+mod compare;
 mod tasks;
 
 use crate::common::{
@@ -15,7 +16,7 @@ use model::EngineOptions;
 use serde_json::{Value, json};
 use train::data::Split;
 
-/// Measure a model on held-out text or on long-range tasks, beside its base when one is given.
+/// Measure a model on held-out text or on long-range tasks, beside its base when one is given, or compare many conversions of one.
 ///
 /// Examples:
 ///   recurformer eval ppl --model healed --base smollm2-135m --data english-small --context 1024
@@ -25,6 +26,7 @@ use train::data::Split;
 ///   recurformer eval passkey --model healed --base smollm2-135m --contexts 512,1024,2048
 ///   recurformer eval hashhop --model healed --base smollm2-135m --hops 1,2 --contexts 512,1024
 ///   recurformer eval ruler --model healed --base smollm2-135m --tasks niah_single,niah_multikey --contexts 1024
+///   recurformer eval compare --model smollm2-135m --heads heads.json --data english-mixed --out compare.jsonl
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -42,6 +44,7 @@ enum What {
     #[command(name = "hashhop")]
     HashHop(tasks::HashHopArgs),
     Ruler(tasks::RulerArgs),
+    Compare(compare::CompareArgs),
 }
 
 #[derive(clap::Args)]
@@ -85,6 +88,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         What::Passkey(args) => tasks::run_passkey(args, ui),
         What::HashHop(args) => tasks::run_hashhop(args, ui),
         What::Ruler(args) => tasks::run_ruler(args, ui),
+        What::Compare(args) => compare::run(args, ui),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::common::{BudgetArgs, plan_of, print_json};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::bytes;
+use model::plan::GroupPlan;
 use model::{GroupMixer, HeadPlan, ModelConfig};
 use serde_json::json;
 use surgery::select::summary;
@@ -52,8 +53,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             by_dtype.iter().map(|(d, n, b)| json!({"dtype": d, "tensors": n, "bytes": b})).collect();
         return print_json(&json!({
             "path": checkpoint.path, "container": container, "architecture": architecture, "config": config, "parameters": parameters, "dtypes": dtypes,
-            "kv_bytes_per_token": cache.hybrid_bytes_per_token, "hybrid": plan.converted() > 0, "cache": cache,
-            "plan": (plan.converted() > 0).then_some(&plan), "elastic": plan.elastic,
+            "kv_bytes_per_token": cache.hybrid_bytes_per_token, "hybrid": !plan.is_base(), "cache": cache,
+            "plan": (!plan.is_base()).then_some(&plan), "elastic": plan.elastic,
         }));
     }
     println!("{} ({container})", checkpoint.path.display());
@@ -85,19 +86,22 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         bytes(cache.base_bytes_per_token),
         bytes(cache.constant_bytes)
     );
-    if plan.converted() > 0 {
+    if !plan.is_base() {
         println!("  hybrid        {} of {} KV groups converted", plan.converted(), plan.total());
         if let Some(mixer) = &plan.mixer {
             println!("  mixer         {:?}, window {}, sinks {}", mixer.recurrent, mixer.window, mixer.sinks);
         }
         print_budgets(&plan, config)?;
-        println!("  groups        A attention, r recurrent; one line per layer");
+        println!(
+            "  groups        A attention, r recurrent, - of a layer that is left out; one line per layer"
+        );
         for (layer, groups) in plan.layers.iter().enumerate() {
-            let marks: String = groups
-                .groups
-                .iter()
-                .map(|g| if g.mixer == GroupMixer::Attention { 'A' } else { 'r' })
-                .collect();
+            let mark = |g: &GroupPlan| match g.mixer {
+                _ if groups.skipped => '-',
+                GroupMixer::Attention => 'A',
+                GroupMixer::Recurrent => 'r',
+            };
+            let marks: String = groups.groups.iter().map(mark).collect();
             println!("    {layer:>3} {marks}");
         }
     }

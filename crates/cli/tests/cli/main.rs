@@ -1,6 +1,7 @@
 //! The built command, run as a user runs it, on tiny random models of every family. No network, no clock.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod baselines;
 mod common;
 mod elastic;
 mod errors;

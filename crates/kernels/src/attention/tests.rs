@@ -299,7 +299,23 @@ fn a_window_step_is_attention_to_every_key() {
                 None,
             );
             let (mut out, mut scores) = (vec![f32::NAN; heads * head_dim], Vec::new());
-            window_step(&exec, 0.3, &q, &k, &v, head_dim, &mut scores, &mut out);
+            window_step(&exec, (0.3, 0.0), &q, &k, &v, head_dim, &mut scores, &mut out);
+            for (found, expected) in out.iter().zip(&expected) {
+                assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
+            }
+            // A weight of three is three equal keys.
+            let thrice = |x: &[f32]| [x, &x[x.len() - head_dim..], &x[x.len() - head_dim..]].concat();
+            window_step(&exec, (0.3, 3f32.ln()), &q, &k, &v, head_dim, &mut scores, &mut out);
+            window_step(
+                &exec,
+                (0.3, 0.0),
+                &q,
+                &thrice(&k),
+                &thrice(&v),
+                head_dim,
+                &mut scores,
+                &mut expected,
+            );
             for (found, expected) in out.iter().zip(&expected) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }

@@ -6,13 +6,14 @@ use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 
 /// Softmax attention of one token's query heads over all `n` given keys: `q` and `out` are `[heads, head_dim]`, `keys` and `values`
-/// `[n, head_dim]`, shared by the heads. `scores` is a buffer; it only grows. Runs on the calling thread.
+/// `[n, head_dim]`, shared by the heads. The last key weighs `exp(last_bias)` times as much as it would (0: like the others).
+/// `scores` is a buffer; it only grows. Runs on the calling thread.
 ///
 /// # Panics
 /// When lengths do not fit, or there is no key.
 pub fn window_step(
     exec: &Exec,
-    scale: f32,
+    (scale, last_bias): (f32, f32),
     q: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -26,14 +27,14 @@ pub fn window_step(
     check_len("out", out.len(), q.len());
     scores.resize(keys.len() / head_dim, 0.0);
     for (q, out) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
-        dispatch!(exec.isa(), |s| head(s, scale, q, keys, values, scores, out));
+        dispatch!(exec.isa(), |s| head(s, (scale, last_bias), q, keys, values, scores, out));
     }
 }
 
 #[inline(always)]
 fn head<S: Simd>(
     s: S,
-    scale: f32,
+    (scale, last_bias): (f32, f32),
     q: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -41,11 +42,13 @@ fn head<S: Simd>(
     out: &mut [f32],
 ) {
     let head_dim = q.len();
-    let mut max = f32::NEG_INFINITY;
     for (score, key) in scores.iter_mut().zip(keys.chunks_exact(head_dim)) {
         *score = scale * simd::dot(s, q, key);
-        max = max.max(*score);
     }
+    if let Some(last) = scores.last_mut() {
+        *last += last_bias;
+    }
+    let max = scores.iter().fold(f32::NEG_INFINITY, |max, &score| max.max(score));
     let mut sum = 0.0;
     for score in scores.iter_mut() {
         *score = simd::exp(s, *score - max);

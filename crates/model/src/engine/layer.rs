@@ -212,12 +212,7 @@ impl Layer {
                     let from = &projected[segment][rows.start * stride + column..];
                     MatRef::new(from, rows.len(), width, stride)
                 });
-                let env = HeadEnv {
-                    layout,
-                    weights: HeadView { values: group.tensors.iter().map(Vec::as_slice).collect() },
-                    base: self.base_group(config),
-                    inv_freq: pass.inv_freq,
-                };
+                let env = self.head_env(pass, layout, group);
                 let out = &mut out[group.group * per_group..];
                 let out = MatMut::new(out, rows.len(), per_group, width);
                 mixers::recur_projected(inner, &env, inputs, cache, out);
@@ -292,6 +287,21 @@ impl Layer {
             let step = group.step.as_ref().expect("checked by the caller");
             step.step(&single, inputs, cache, scratch, out);
         });
+    }
+
+    /// What the passes of a converted group read.
+    pub(super) fn head_env<'a>(
+        &'a self,
+        pass: &Pass<'a>,
+        layout: HeadLayout,
+        group: &'a ConvertedGroup,
+    ) -> HeadEnv<'a> {
+        HeadEnv {
+            layout,
+            weights: HeadView { values: group.tensors.iter().map(Vec::as_slice).collect() },
+            base: self.base_group(pass.config),
+            inv_freq: pass.inv_freq,
+        }
     }
 
     /// What a head reads of the base besides projections: the norms.

@@ -70,7 +70,8 @@ pub struct Engine {
     pub context_limit: usize,
     /// Most tokens of one sequence that go through the layers together, at least 1. Up to 4 take the path that generating takes.
     pub chunk: usize,
-    layers: Vec<Layer>,
+    /// Those that are left out are absent.
+    layers: Vec<Option<Layer>>,
     embed: Packed,
     /// The output projection; the embedding when absent.
     output: Option<Packed>,
@@ -117,7 +118,9 @@ impl Engine {
             false => Some(builder.table("lm_head.weight")?),
         };
         Ok(Self {
-            layers: (0..config.layers).map(|l| builder.layer(l)).collect::<Result<_>>()?,
+            layers: (0..config.layers)
+                .map(|l| (!plan.is_skipped(l)).then(|| builder.layer(l)).transpose())
+                .collect::<Result<_>>()?,
             embed: builder.table("model.embed_tokens.weight")?,
             output,
             norm: source.values("model.norm.weight")?,
@@ -135,7 +138,7 @@ impl Engine {
     /// Bytes of packed weights: what decoding a token reads at least.
     pub fn weight_bytes(&self) -> usize {
         let tables = self.embed.bytes() + self.output.as_ref().map_or(0, Packed::bytes);
-        tables + self.layers.iter().map(Layer::bytes).sum::<usize>()
+        tables + self.layers.iter().flatten().map(Layer::bytes).sum::<usize>()
     }
 
     /// Type of the attention cache.
@@ -261,7 +264,7 @@ impl Engine {
         Ok(logits)
     }
 
-    /// Whole sequences from position 0: calls `show(layer, x, outputs)` after every layer's heads with the layer's input after the norm
+    /// Whole sequences from position 0: calls `show(layer, x, outputs)` after the heads of every layer that is not left out with the layer's input after the norm
     /// `[rows, d_model]` and the head outputs in head order `[rows, heads · head_dim]`, sequence after sequence. Returns the final hidden
     /// states after the norm, `[rows, d_model]`.
     ///
@@ -346,6 +349,7 @@ impl Engine {
             kv_type: self.cache.kv_type,
         };
         for (l, layer) in self.layers.iter().enumerate() {
+            let Some(layer) = layer else { continue };
             let mut memories: SmallVec<[_; 4]> =
                 caches.iter_mut().map(|cache| &mut cache.layers[l]).collect();
             layer.mix(&pass, ws, &mut memories);

@@ -3,7 +3,8 @@
 use super::layer::{Block, Layer, Pass, norm_heads};
 use super::workspace::Workspace;
 use crate::cache::LayerCache;
-use crate::mixers::HeadLayout;
+use crate::mixers::{self, HeadLayout};
+use crate::plan::Dropped;
 use kernels::kv::{AttendJob, KvStore, KvType, Window};
 use kernels::{MatMut, MatRef};
 use smallvec::SmallVec;
@@ -106,6 +107,9 @@ impl Layer {
         let Pass { exec, config, .. } = *pass;
         let (head_dim, groups, stride) = (config.head_dim, self.converted.len(), columns.stride());
         let width = config.heads * head_dim;
+        if layout.spec.dropped == Dropped::Averaged {
+            return self.attend_averaged(pass, layout, columns, ws, memories);
+        }
         let kv_type = if pass.kv_type == KvType::F32 { KvType::F32 } else { KvType::F16 };
         let WindowStores { stores, held: [keys, values] } = {
             ws.windows.prepare(memories.len(), kv_type, groups, head_dim);
@@ -155,5 +159,36 @@ impl Layer {
         }
         let scale = 1.0 / (head_dim as f32).sqrt();
         kernels::kv::attend(exec, config.group_size(), scale, &mut jobs, &mut ws.attend);
+    }
+
+    /// [`Layer::attend_windows`] with compensation tokens, a group after another.
+    fn attend_averaged(
+        &self,
+        pass: &Pass<'_>,
+        layout: &HeadLayout,
+        columns: Columns,
+        ws: &mut Workspace,
+        memories: &mut [&mut LayerCache],
+    ) {
+        let (head_dim, per_group, stride) = (pass.config.head_dim, layout.d_inner(), columns.stride());
+        let width = pass.config.heads * head_dim;
+        for (s, memory) in memories.iter_mut().enumerate() {
+            let rows = ws.starts[s]..ws.starts[s + 1];
+            let rotated = |start: usize, cols: usize| {
+                MatRef::new(&ws.rotated[rows.start * stride + start..], rows.len(), cols, stride)
+            };
+            let caches = memory.heads.iter_mut().flatten();
+            for (i, (group, cache)) in self.converted.iter().zip(caches).enumerate() {
+                let env = self.head_env(pass, *layout, group);
+                let qkv = [
+                    rotated(columns.q(i), per_group),
+                    rotated(columns.k(i), head_dim),
+                    rotated(columns.v(i), head_dim),
+                ];
+                let out = &mut ws.heads[rows.start * width + group.group * per_group..];
+                let out = MatMut::new(out, rows.len(), per_group, width);
+                mixers::attend_projected(pass.exec, &env, qkv, cache, out);
+            }
+        }
     }
 }

@@ -114,7 +114,7 @@ pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_
     if layout.has_local() {
         let out = MatMut::dense(&mut local_out, seq, d_inner);
         let rotated = local::rotated(&ctx, &raw, 0);
-        local::forward(&ctx, &rotated, &raw.v, &mut cache.ring, 0, out);
+        local::forward(&ctx, &rotated, &raw.v, &mut cache, out);
     }
     let decays = layout.decays();
     let dt = Linear::new(w.dt, Some(w.dt_bias)).forward(&ctx, x, decays);

@@ -1,7 +1,8 @@
 //! Which tensors a converted group has, in which order and shape, and how a flat list of them gets its names.
 
+use super::merged::DroppedSums;
 use super::{HeadCache, HeadDims, HeadLayout, HeadTensorInfo, HeadTensors, TensorClass};
-use crate::plan::{MixerSpec, RecurrentKind};
+use crate::plan::{Dropped, MixerSpec, RecurrentKind};
 use kernels::kv::KvType;
 use weights::ModelConfig;
 
@@ -41,12 +42,17 @@ impl HeadLayout {
         HeadCache::new(self, kv_type)
     }
 
-    /// Constant cache bytes of one group beside an attention cache of this type: f32 conv tails and state, and ring of keys and values.
+    /// Constant cache bytes of one group beside an attention cache of this type: f32 conv tails and state, ring of keys and values, and f32 sums of
+    /// the dropped ones where they are averaged.
     pub fn cache_bytes(&self, kv_type: KvType) -> usize {
         let tails: usize = self.tail_lens().iter().sum();
         let ring = 2 * self.ring_entries() * self.dims.head_dim;
         let per_value = if kv_type == KvType::F32 { 4 } else { 2 };
-        (tails + self.state_len()) * size_of::<f32>() + ring * per_value
+        let dropped = match self.spec.dropped {
+            Dropped::Forgotten => 0,
+            Dropped::Averaged => DroppedSums::bytes_for(self.dims.head_dim),
+        };
+        (tails + self.state_len()) * size_of::<f32>() + ring * per_value + dropped
     }
 
     /// Values per token that a window needs rotated, queries and keys; 0 without a window.

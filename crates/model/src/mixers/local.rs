@@ -1,6 +1,8 @@
 //! The local branch: softmax attention over the last `window` tokens and the first `sinks`, rotary positions and norms as in the base.
 
-use super::{BaseGroup, BaseGroupGrads, Ctx, HeadDims, Qkv, Ring};
+use super::merged::{DroppedSums, Means};
+use super::{BaseGroup, BaseGroupGrads, Ctx, HeadCache, HeadDims, Qkv};
+use crate::plan::Dropped;
 use kernels::attention::{AttnMask, AttnSaved, AttnShape, attention, attention_backward};
 use kernels::rope::{Rotation, rope};
 use kernels::{MatMut, MatRef, elementwise};
@@ -11,23 +13,27 @@ pub(super) struct LocalSaved {
     q: Vec<f32>,
     /// Keys after norm and RoPE.
     k: Vec<f32>,
+    /// With the compensation tokens, as `lse`.
     out: Vec<f32>,
     lse: Vec<f32>,
+    /// Of the dropped tokens, where they are averaged.
+    means: Option<Means>,
 }
 
-/// Overwrites `out` with the attention of a chunk that continues the `seen` tokens of `ring`, and updates `ring`; queries and keys are rotated.
+/// Overwrites `out` with the attention of a chunk that continues the sequence of `cache`, and updates its ring and sums; queries and keys are
+/// rotated.
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     (q, k): &(Vec<f32>, Vec<f32>),
     v: &[f32],
-    ring: &mut Ring,
-    seen: usize,
-    out: MatMut<'_>,
+    cache: &mut HeadCache,
+    mut out: MatMut<'_>,
 ) {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
-    let seq = ctx.seq;
-    let (keys, values) = ring.followed_by(seen, k, v);
-    let kv_pos: Vec<usize> = ring.positions(seen).chain(seen..seen + seq).collect();
+    let (seq, seen) = (ctx.seq, cache.seen);
+    let (keys, values) = cache.ring.followed_by(seen, k, v);
+    let kv_pos: Vec<usize> = cache.ring.positions(seen).chain(seen..seen + seq).collect();
+    let mut lse = cache.dropped.as_ref().map(|_| vec![0.0; seq * q_heads]);
     attention(
         ctx.exec,
         shape(ctx),
@@ -35,10 +41,29 @@ pub(super) fn forward(
         MatRef::dense(q, seq, q_heads * head_dim),
         MatRef::dense(&keys, kv_pos.len(), head_dim),
         MatRef::dense(&values, kv_pos.len(), head_dim),
-        out,
-        None,
+        out.reborrow(),
+        lse.as_deref_mut(),
     );
-    ring.push(seen, MatRef::dense(k, seq, head_dim), MatRef::dense(v, seq, head_dim));
+    if let (Some(sums), Some(lse)) = (&mut cache.dropped, &mut lse) {
+        let spec = &ctx.env.layout.spec;
+        let held = kv_pos.len() - seq;
+        let means = sums.advance((spec.window, spec.sinks), (seen, seq), held, &keys, &values);
+        merge(ctx, &means, q, out, lse);
+    }
+    cache.ring.push(seen, MatRef::dense(k, seq, head_dim), MatRef::dense(v, seq, head_dim));
+}
+
+/// Adds the compensation tokens to the attention of a chunk.
+fn merge(ctx: &Ctx<'_>, means: &Means, q: &[f32], mut out: MatMut<'_>, lse: &mut [f32]) {
+    let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
+    let scale = shape(ctx).scale;
+    let rows = q.chunks_exact(q_heads * head_dim).zip(lse.chunks_exact_mut(q_heads));
+    for (t, (q, lse)) in rows.enumerate() {
+        let heads = out.row_mut(t)[..q_heads * head_dim].chunks_exact_mut(head_dim);
+        for ((q, out), lse) in q.chunks_exact(head_dim).zip(heads).zip(lse) {
+            means.merge(t, scale, q, out, lse);
+        }
+    }
 }
 
 /// [`forward`] of a whole sequence, keeping what [`backward`] needs.
@@ -59,10 +84,16 @@ pub(super) fn forward_train(ctx: &Ctx<'_>, raw: &Qkv, mut out: MatMut<'_>) -> Lo
         MatMut::dense(&mut dense, seq, q_heads * head_dim),
         Some(&mut lse),
     );
+    let spec = &ctx.env.layout.spec;
+    let means = (spec.dropped == Dropped::Averaged).then(|| {
+        let means = DroppedSums::new(head_dim).advance((spec.window, spec.sinks), (0, seq), 0, &k, &raw.v);
+        merge(ctx, &means, &q, MatMut::dense(&mut dense, seq, q_heads * head_dim), &mut lse);
+        means
+    });
     for (t, row) in dense.chunks_exact(q_heads * head_dim).enumerate() {
         out.row_mut(t).copy_from_slice(row);
     }
-    LocalSaved { q, k, out: dense, lse }
+    LocalSaved { q, k, out: dense, lse, means }
 }
 
 /// Adds to `d_raw`, and to the wanted norm gradients.
@@ -87,6 +118,10 @@ pub(super) fn backward(
         dout: MatRef::dense(dout, seq, d_inner),
     };
     attention_backward(ctx.exec, shape(ctx), mask(ctx, 0, &kv_pos), inputs, &mut dq, &mut dk, &mut d_raw.v);
+    if let Some(means) = &saved.means {
+        let sizes = (ctx.env.layout.spec.window, shape(ctx).scale);
+        means.backward(sizes, (&saved.q, &saved.out, &saved.lse, dout), (&mut dq, &mut dk, &mut d_raw.v));
+    }
     let (inv_freq, base) = (ctx.env.inv_freq, &ctx.env.base);
     rope(ctx.exec, &mut dq, head_dim, inv_freq, seq, 0, Rotation::Inverse);
     rope(ctx.exec, &mut dk, head_dim, inv_freq, seq, 0, Rotation::Inverse);

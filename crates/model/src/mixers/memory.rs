@@ -2,6 +2,8 @@
 //! Knows positions and slots, nothing of what is stored.
 
 use super::HeadLayout;
+use super::merged::{DroppedSums, dropped_at};
+use crate::plan::Dropped;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use kernels::kv::KvType;
@@ -9,7 +11,8 @@ use kernels::{MatMut, MatRef};
 use std::ops::Range;
 
 /// Constant memory of one converted group in one sequence: conv tails and recurrent state (f32), ring of `window + sinks` keys (after RoPE)
-/// and values (f32, or f16 beside any smaller attention cache), and the number of tokens seen.
+/// and values (f32, or f16 beside any smaller attention cache), sums of the dropped ones (f32) where they are averaged, and the number of
+/// tokens seen.
 #[derive(Clone, Debug)]
 pub struct HeadCache {
     pub(super) seen: usize,
@@ -17,6 +20,8 @@ pub struct HeadCache {
     pub(super) tails: Vec<Vec<f32>>,
     pub(super) state: Vec<f32>,
     pub(super) ring: Ring,
+    /// Where dropped tokens are averaged.
+    pub(super) dropped: Option<DroppedSums>,
 }
 
 impl HeadCache {
@@ -26,6 +31,10 @@ impl HeadCache {
             tails: layout.tail_lens().into_iter().map(|n| vec![0.0; n]).collect(),
             state: vec![0.0; layout.state_len()],
             ring: Ring::new(layout.spec.window, layout.spec.sinks, layout.dims.head_dim, kv_type),
+            dropped: match layout.spec.dropped {
+                Dropped::Forgotten => None,
+                Dropped::Averaged => Some(DroppedSums::new(layout.dims.head_dim)),
+            },
         }
     }
     /// Tokens seen.
@@ -53,7 +62,18 @@ impl HeadCache {
     /// Bytes held, the same at any length; equal to [`HeadLayout::cache_bytes`].
     pub fn bytes(&self) -> usize {
         let tails: usize = self.tails.iter().map(Vec::len).sum();
-        (tails + self.state.len()) * size_of::<f32>() + self.ring.k.bytes() + self.ring.v.bytes()
+        let dropped = self.dropped.as_ref().map_or(0, DroppedSums::bytes);
+        (tails + self.state.len()) * size_of::<f32>() + self.ring.k.bytes() + self.ring.v.bytes() + dropped
+    }
+
+    /// Adds the token that the next one pushes out of the window to the sums, where there are any; returns how many were dropped then.
+    pub(super) fn drop_next(&mut self) -> usize {
+        let Some(sums) = &mut self.dropped else { return 0 };
+        let count = dropped_at(self.ring.window, self.ring.sinks, self.seen);
+        if count > 0 {
+            self.ring.add_to(self.seen - self.ring.window, sums);
+        }
+        count
     }
 }
 
@@ -101,6 +121,13 @@ impl Entries {
         match self {
             Self::F32(values) => out.copy_from_slice(&values[at..at + out.len()]),
             Self::F16(values) => values[at..at + out.len()].convert_to_f32_slice(out),
+        }
+    }
+
+    fn add_to(&self, range: Range<usize>, sums: &mut [f32]) {
+        match self {
+            Self::F32(values) => sums.iter_mut().zip(&values[range]).for_each(|(sum, x)| *sum += x),
+            Self::F16(values) => sums.iter_mut().zip(&values[range]).for_each(|(sum, x)| *sum += x.to_f32()),
         }
     }
 
@@ -152,6 +179,14 @@ impl Ring {
         let at = self.slot(position) * self.width;
         self.k.read(at, key);
         self.v.read(at, value);
+    }
+
+    /// Adds key and value of a position that is held.
+    fn add_to(&self, position: usize, sums: &mut DroppedSums) {
+        let at = self.slot(position) * self.width;
+        let [k, v] = sums.parts();
+        self.k.add_to(at..at + self.width, k);
+        self.v.add_to(at..at + self.width, v);
     }
 
     /// Keys and values of `positions(seen)` followed by `k` and `v`.

@@ -9,6 +9,8 @@
 //! **Local** (window > 0): softmax attention over the last `window` tokens and the first `sinks`, RoPE and q/k norm as in the base,
 //! scale `1/sqrt(D)`. For `mamba2` and `gated-delta` it uses the head's own q, k, v (before the conv); for `mamba` and `none` the base group's.
 //! The query at position `p` sees position `r ≤ p` when `p − r < window` or `r < sinks`. The base's q/k norm touches this branch only.
+//! Where dropped tokens are averaged (`MixerSpec::dropped`), the other `N` positions before `p` take part as one key `k̂` and value `v̂`, the means
+//! of theirs (keys after norm and RoPE), with weight `N · exp(q·k̂ / sqrt(D))`.
 //!
 //! **mamba2**: `q, k, v = x W_qᵀ, x W_kᵀ, x W_vᵀ (+ biases)`; short conv on each (no activation); q (per head) and k L2-normalised,
 //! `x / sqrt(Σx² + 1e-6)`; `dt = softplus(x W_dtᵀ + b_dt)` `[T, G]`, `log_a = −dt`, `b = dt · exp(min(x W_inᵀ + b_in, 30))` (the bound only
@@ -36,6 +38,7 @@ mod local;
 mod mamba;
 mod mamba2;
 mod memory;
+mod merged;
 mod projection;
 mod qkv;
 mod step;
@@ -53,6 +56,7 @@ use kernels::{Exec, MatMut, MatRef};
 use layout::{MambaTensors, QkvTensors};
 use local::LocalSaved;
 use mamba::{MambaSaved, Scanned};
+#[cfg(test)]
 use memory::Ring;
 pub use projection::LayerInput;
 use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, QkvRef, reborrow};
@@ -269,7 +273,7 @@ pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCa
     match &qkv {
         Some(raw) if env.layout.has_local() => {
             let rotated = local::rotated(&ctx, raw, cache.seen);
-            local::forward(&ctx, &rotated, &raw.v, &mut cache.ring, cache.seen, out.reborrow());
+            local::forward(&ctx, &rotated, &raw.v, cache, out.reborrow());
         }
         _ => fill_zero(&mut out),
     }
@@ -277,6 +281,20 @@ pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCa
     let inputs = HeadInputs { qkv, recurrent: recurrent.view(ctx.seq) };
     recur(&ctx, &weights, inputs, cache, Form::of(ctx.seq), &mut out);
     cache.seen += ctx.seq;
+}
+
+/// Overwrites `out` with the local branch of [`forward`], from queries and keys after norm and RoPE and from values; the window keeps what it
+/// needs, the length of `cache` stays.
+pub fn attend_projected(
+    exec: &Exec,
+    env: &HeadEnv<'_>,
+    [q, k, v]: [MatRef<'_>; 3],
+    cache: &mut HeadCache,
+    out: MatMut<'_>,
+) {
+    let ctx = Ctx::projected(exec, env, out.rows());
+    ctx.check_output(out.rows(), out.cols());
+    local::forward(&ctx, &(q.to_dense(), k.to_dense()), &v.to_dense(), cache, out);
 }
 
 /// Adds the recurrent branch of [`forward`] to `out`, from finished projections, and advances everything in `cache` but the window, which the

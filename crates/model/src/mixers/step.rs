@@ -89,10 +89,17 @@ impl StepWeights {
         let head_dim = self.layout.dims.head_dim;
         if self.layout.has_local() {
             let StepScratch { keys, values, scores, .. } = scratch;
+            let dropped = cache.drop_next();
             let row = |x| MatRef::dense(x, 1, head_dim);
             cache.ring.push(cache.seen, row(inputs.rotated_k), row(inputs.v));
             cache.ring.held(cache.seen + 1, keys, values);
-            window_step(exec, self.scale, inputs.rotated_q, keys, values, head_dim, scores, out);
+            let mut last_bias = 0.0;
+            if let Some(sums) = cache.dropped.as_ref().filter(|_| dropped > 0) {
+                sums.append_means(dropped, keys, values);
+                last_bias = (dropped as f32).ln();
+            }
+            let weights = (self.scale, last_bias);
+            window_step(exec, weights, inputs.rotated_q, keys, values, head_dim, scores, out);
         } else {
             out.fill(0.0);
         }

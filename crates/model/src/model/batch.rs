@@ -19,6 +19,19 @@ pub struct Tape {
     pub(super) last: Vec<f32>,
 }
 
+impl Tape {
+    /// The residual stream `[rows, d_model]` that came into `layer`, or, for the number of layers, out of the last one.
+    ///
+    /// # Panics
+    /// For more layers than the last pass had.
+    pub fn residual(&self, layer: usize) -> &[f32] {
+        match layer == self.layers.len() {
+            true => &self.last,
+            false => &self.layers[layer].input,
+        }
+    }
+}
+
 /// What one layer leaves behind; everything else is recomputed from it.
 #[derive(Default)]
 pub(super) struct LayerTape {
@@ -76,6 +89,12 @@ impl Model {
                 Some(tape) => (&mut tape.layers[layer], true),
                 None => (&mut own, false),
             };
+            if self.plan.is_skipped(layer) {
+                if record {
+                    memory.input.clone_from(&h);
+                }
+                continue;
+            }
             self.attention_outputs(exec, layer, batch, &h, memory, &mut scratch, record);
             if observer.wants(layer) {
                 self.show(layer, batch, memory, &mut scratch, observer);

@@ -25,7 +25,14 @@ pub(super) fn config() -> ModelConfig {
 }
 
 pub(super) fn mixer() -> MixerSpec {
-    MixerSpec { recurrent: RecurrentKind::Mamba2, window: 16, sinks: 1, d_state: 8, d_conv: 4 }
+    MixerSpec {
+        recurrent: RecurrentKind::Mamba2,
+        window: 16,
+        sinks: 1,
+        d_state: 8,
+        d_conv: 4,
+        dropped: Default::default(),
+    }
 }
 
 fn some_converted() -> HeadPlan {
@@ -112,7 +119,9 @@ fn structure_is_checked() {
 fn mixer_ranges() {
     use RecurrentKind::*;
     let spec = |recurrent, window, sinks, d_state, d_conv| {
-        MixerSpec { recurrent, window, sinks, d_state, d_conv }.validate(8).map_err(|e| e.to_string())
+        MixerSpec { recurrent, window, sinks, d_state, d_conv, dropped: Default::default() }
+            .validate(8)
+            .map_err(|e| e.to_string())
     };
     for (ok, s) in [
         (true, spec(Mamba2, 16, 1, 8, 4)),
@@ -136,6 +145,38 @@ fn mixer_ranges() {
     ] {
         assert_eq!(s.is_ok(), ok, "{s:?}");
     }
+    let averaged = MixerSpec { dropped: Dropped::Averaged, ..mixer() };
+    assert!(averaged.validate(8).is_ok());
+    let unseen = MixerSpec { window: 0, sinks: 0, ..averaged };
+    assert!(unseen.validate(8).unwrap_err().to_string().contains("has no window"));
+}
+
+#[test]
+fn skipped_layers_convert_nothing_and_one_is_left() {
+    let mut plan = some_converted();
+    assert!(!plan.to_json().contains("skipped") && !plan.is_base());
+    plan.layers[0].skipped = true;
+    assert!(plan.validate(&config()).is_ok());
+    assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
+    let message = |plan: &HeadPlan| plan.validate(&config()).unwrap_err().to_string();
+    plan.layers[1].skipped = true;
+    assert!(message(&plan).contains("every layer is skipped"));
+    plan.layers[0].skipped = false;
+    assert!(message(&plan).contains("layer 1 is skipped and converts groups"));
+    plan.layers[1].groups[0].mixer = GroupMixer::Attention;
+    assert!(plan.validate(&config()).is_ok() && !plan.is_base());
+    assert_eq!((plan.skipped(), plan.is_skipped(0), plan.is_skipped(1)), (1, false, true));
+}
+
+#[test]
+fn only_averaged_tokens_are_written_down() {
+    let mut plan = some_converted();
+    assert!(!plan.to_json().contains("dropped"), "plans that forget look as they always did");
+    plan.mixer = plan.mixer.map(|mixer| MixerSpec { dropped: Dropped::Averaged, ..mixer });
+    assert!(plan.to_json().contains(r#""dropped": "averaged""#));
+    assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
+    let unknown = plan.to_json().replace("averaged", "kept");
+    assert!(HeadPlan::from_json(&unknown, &config()).unwrap_err().to_string().contains("forgotten"));
 }
 
 /// Any plan that fits [`config`], valid or not in its mixer and beta.
@@ -146,8 +187,11 @@ fn any_plan() -> impl Strategy<Value = HeadPlan> {
         Just(RecurrentKind::Mamba2),
         Just(RecurrentKind::GatedDelta)
     ];
-    let spec = (kind, 0usize..70_000, 0usize..5, 0usize..20, 0usize..10).prop_map(
-        |(recurrent, window, sinks, d_state, d_conv)| MixerSpec { recurrent, window, sinks, d_state, d_conv },
+    let spec = (kind, 0usize..70_000, 0usize..5, 0usize..20, 0usize..10, any::<bool>()).prop_map(
+        |(recurrent, window, sinks, d_state, d_conv, averaged)| {
+            let dropped = if averaged { Dropped::Averaged } else { Dropped::Forgotten };
+            MixerSpec { recurrent, window, sinks, d_state, d_conv, dropped }
+        },
     );
     let group = (any::<bool>(), proptest::option::of(-1e9..1e9)).prop_map(|(converted, score)| GroupPlan {
         mixer: if converted { GroupMixer::Recurrent } else { GroupMixer::Attention },
@@ -159,7 +203,7 @@ fn any_plan() -> impl Strategy<Value = HeadPlan> {
             mixer,
             beta,
             keep_at_least_per_layer: keep,
-            layers: groups.chunks(2).map(|g| LayerPlan { groups: g.to_vec() }).collect(),
+            layers: groups.chunks(2).map(|g| LayerPlan { groups: g.to_vec(), skipped: false }).collect(),
             ..HeadPlan::empty(&config())
         }
     })

@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use recurformer_model::mixers;
 use recurformer_model::{
-    Engine, EngineOptions, Family, GroupMixer, HeadPlan, MixerSpec, Model, ModelConfig, ParamStore,
+    Dropped, Engine, EngineOptions, Family, GroupMixer, HeadPlan, MixerSpec, Model, ModelConfig, ParamStore,
     RecurrentKind,
 };
 use weights::RopeScaling;
@@ -59,8 +59,15 @@ pub fn configs() -> Vec<ModelConfig> {
 
 /// Every recurrent kind, with and without its local window.
 pub fn specs(head_dim: usize) -> Vec<MixerSpec> {
-    let spec =
-        |recurrent, window, sinks, d_state, d_conv| MixerSpec { recurrent, window, sinks, d_state, d_conv };
+    let spec = |recurrent, window, sinks, d_state, d_conv| MixerSpec {
+        recurrent,
+        window,
+        sinks,
+        d_state,
+        d_conv,
+        dropped: Default::default(),
+    };
+    let averaged = |spec| MixerSpec { dropped: Dropped::Averaged, ..spec };
     vec![
         spec(RecurrentKind::None, 5, 2, 0, 0),
         spec(RecurrentKind::Mamba2, 4, 1, head_dim, 4),
@@ -69,6 +76,9 @@ pub fn specs(head_dim: usize) -> Vec<MixerSpec> {
         spec(RecurrentKind::GatedDelta, 0, 0, head_dim, 4),
         spec(RecurrentKind::Mamba, 6, 0, 5, 4),
         spec(RecurrentKind::Mamba, 0, 0, 16, 2),
+        averaged(spec(RecurrentKind::None, 4, 1, 0, 0)),
+        averaged(spec(RecurrentKind::GatedDelta, 3, 2, head_dim, 4)),
+        averaged(spec(RecurrentKind::Mamba, 6, 0, 5, 4)),
     ]
 }
 

@@ -39,17 +39,30 @@ pub struct PlanSummary {
     pub contexts: Vec<ContextBytes>,
     /// Tokens from which on the hybrid's cache is smaller; `None` when it never is.
     pub smaller_from_tokens: Option<usize>,
-    /// Indices of the kept groups by layer.
+    /// Indices of the kept groups by layer; none of a layer that is left out.
     pub kept_groups: Vec<Vec<usize>>,
+}
+
+/// Cache bytes (f16) that each token adds under `plan`, which must fit `config`, and those that do not grow.
+fn growing_and_constant(plan: &HeadPlan, config: &ModelConfig) -> (usize, usize) {
+    let (converted, skipped) = (plan.converted(), plan.skipped() * config.kv_heads);
+    let growing = 2 * (plan.total() - converted - skipped) * config.head_dim * BYTES_PER_VALUE;
+    let constant =
+        plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
+    (growing, constant)
+}
+
+/// Cache bytes (f16) after `tokens` tokens under `plan`, which must fit `config`.
+pub fn cache_bytes_at(plan: &HeadPlan, config: &ModelConfig, tokens: usize) -> usize {
+    let (growing, constant) = growing_and_constant(plan, config);
+    tokens * growing + constant
 }
 
 /// Counts groups and cache bytes of `plan`, which must fit `config`.
 pub fn summary(plan: &HeadPlan, config: &ModelConfig) -> PlanSummary {
     let (converted, total) = (plan.converted(), plan.total());
     let base = config.kv_bytes_per_token(BYTES_PER_VALUE);
-    let hybrid = 2 * (total - converted) * config.head_dim * BYTES_PER_VALUE;
-    let constant =
-        plan.mixer.map_or(0, |spec| converted * HeadLayout::new(spec, config).cache_bytes(KvType::F16));
+    let (hybrid, constant) = growing_and_constant(plan, config);
     PlanSummary {
         converted,
         total,
@@ -68,7 +81,7 @@ pub fn summary(plan: &HeadPlan, config: &ModelConfig) -> PlanSummary {
         kept_groups: (0..plan.layers.len())
             .map(|layer| {
                 (0..plan.layers[layer].groups.len())
-                    .filter(|&group| !plan.is_converted(layer, group))
+                    .filter(|&group| !plan.is_skipped(layer) && !plan.is_converted(layer, group))
                     .collect()
             })
             .collect(),

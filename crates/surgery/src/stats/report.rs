@@ -10,6 +10,11 @@ use weights::files::{atomic_write, read_json};
 pub(super) const VERSION: u32 = 1;
 
 impl HeadsReport {
+    /// How alike what comes into each layer and what leaves it are, when the file says so of all layers.
+    pub fn similarity(&self) -> Option<Vec<f64>> {
+        self.layers.iter().map(|layer| layer.similarity).collect()
+    }
+
     /// Reads and checks a `heads.json`.
     ///
     /// # Errors

@@ -302,3 +302,36 @@ fn what_cannot_be_analysed_is_an_error() {
     let stopped = analyze(&exec(), &base, &text, &AnalyzeOptions::default(), &mut Stop);
     assert!(matches!(stopped, Err(SurgeryError::Interrupted)));
 }
+
+#[test]
+fn similarity_is_the_cosine_of_what_goes_in_and_what_comes_out() {
+    let exec = exec();
+    let mut model = model(4);
+    let set = |model: &mut Model, name: &str, value: f32| {
+        let id = model.params.id(name).unwrap();
+        model.params.data_mut(id).fill(value);
+    };
+    // The second layer adds nothing; the final norm only scales, which no cosine sees.
+    for name in ["self_attn.o_proj.weight", "mlp.down_proj.weight"] {
+        set(&mut model, &format!("model.layers.1.{name}"), 0.0);
+    }
+    set(&mut model, "model.norm.weight", 1.0);
+    let sequences = [tokens(1, 40), tokens(2, 23)];
+    let report = analyze(&exec, &model, &sequences, &AnalyzeOptions::default(), &mut Silent).unwrap();
+    let embedding = model.params.data(model.params.id("model.embed_tokens.weight").unwrap());
+    let mut sum = 0.0;
+    for sequence in &sequences {
+        let out =
+            model.forward_batch(&exec, &TokenBatch::one(sequence), &mut model::NoObserver, None).unwrap();
+        for (&token, out) in sequence.iter().zip(out.chunks(24)) {
+            let row = &embedding[token as usize * 24..][..24];
+            let product = |a: &[f32], b: &[f32]| -> f64 {
+                a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+            };
+            sum += product(row, out) / (product(row, row) * product(out, out)).sqrt();
+        }
+    }
+    let found: Vec<f64> = report.layers.iter().map(|layer| layer.similarity.unwrap()).collect();
+    assert!((found[0] - sum / 63.0).abs() < 1e-6 && found[0] < 0.99, "{found:?} {}", sum / 63.0);
+    assert!((found[1] - 1.0).abs() < 1e-9, "{found:?}");
+}

@@ -278,7 +278,14 @@ fn nan_stops_before_the_update_and_keeps_the_last_state() {
 fn training_free_heads_are_only_measured() {
     let exec = Exec::new(1).unwrap();
     let base = tiny_model(&tiny_config(), 6);
-    let spec = MixerSpec { recurrent: RecurrentKind::None, window: 4, sinks: 1, d_state: 0, d_conv: 0 };
+    let spec = MixerSpec {
+        recurrent: RecurrentKind::None,
+        window: 4,
+        sinks: 1,
+        d_state: 0,
+        d_conv: 0,
+        dropped: Default::default(),
+    };
     let dir = tempfile::tempdir().unwrap();
     let bank =
         align(&exec, &base, fresh_bank(&base, spec, 1), &mut stream(), &options(dir.path(), 5), &mut Silent);

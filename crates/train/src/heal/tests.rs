@@ -281,7 +281,14 @@ fn accumulation_equals_one_large_batch() {
 fn unusable_arguments_are_named() {
     let exec = Exec::new(1).unwrap();
     let base = tiny_model(&tiny_config(), 9);
-    let free = MixerSpec { recurrent: RecurrentKind::None, window: 4, sinks: 1, d_state: 0, d_conv: 0 };
+    let free = MixerSpec {
+        recurrent: RecurrentKind::None,
+        window: 4,
+        sinks: 1,
+        d_state: 0,
+        d_conv: 0,
+        dropped: Default::default(),
+    };
     let new = |hybrid: &Model, trainable| {
         let options = HealOptions { trainable, ..HealOptions::default() };
         Trainer::new(&exec, &base, hybrid, &options).map(|_| ()).map_err(|e| e.to_string())

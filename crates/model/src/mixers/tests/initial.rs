@@ -3,7 +3,15 @@
 use super::*;
 
 fn fixture(kind: RecurrentKind) -> Fixture {
-    Fixture::new(Case { kind, window: 4, sinks: 1, q_heads: 3, seq: 40, dressed: true })
+    Fixture::new(Case {
+        kind,
+        window: 4,
+        sinks: 1,
+        q_heads: 3,
+        seq: 40,
+        dressed: true,
+        dropped: Dropped::Forgotten,
+    })
 }
 
 fn named(fixture: &Fixture, tensors: &HeadTensors, name: &str) -> Vec<f32> {

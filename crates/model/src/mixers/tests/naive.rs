@@ -1,7 +1,7 @@
 //! A whole head in f64, token by token, straight from the module documentation; shares no code with the mixers.
 
 use crate::mixers::HeadLayout;
-use crate::plan::RecurrentKind;
+use crate::plan::{Dropped, RecurrentKind};
 
 /// All variables of a head; an empty base vector is an absent one.
 #[derive(Clone)]
@@ -124,11 +124,22 @@ impl Naive {
                     (0..=t).filter(|&r| t - r < spec.window || r < spec.sinks).collect();
                 let scores: Vec<f64> =
                     visible.iter().map(|&r| (dot(&q, &k[r]) / (dim as f64).sqrt()).exp()).collect();
-                let total: f64 = scores.iter().sum();
-                row.extend(
-                    (0..dim)
-                        .map(|c| visible.iter().zip(&scores).map(|(&r, s)| s * v[r][c]).sum::<f64>() / total),
-                );
+                let dropped: Vec<usize> = (0..=t).filter(|r| !visible.contains(r)).collect();
+                let mean = |rows: &Rows, c: usize| -> f64 {
+                    dropped.iter().map(|&r| rows[r][c]).sum::<f64>() / dropped.len() as f64
+                };
+                let averaged = spec.dropped == Dropped::Averaged && !dropped.is_empty();
+                let weight = if averaged {
+                    let mean_k: Vec<f64> = (0..dim).map(|c| mean(&k, c)).collect();
+                    dropped.len() as f64 * (dot(&q, &mean_k) / (dim as f64).sqrt()).exp()
+                } else {
+                    0.0
+                };
+                let total: f64 = scores.iter().sum::<f64>() + weight;
+                row.extend((0..dim).map(|c| {
+                    let seen: f64 = visible.iter().zip(&scores).map(|(&r, s)| s * v[r][c]).sum();
+                    (seen + if averaged { weight * mean(&v, c) } else { 0.0 }) / total
+                }));
             }
             out.push(row);
         }

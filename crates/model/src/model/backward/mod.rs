@@ -116,7 +116,7 @@ impl Model {
         let Some(lowest) = lowest else { return };
         let pass = Pass { exec, batch, tape };
         let mut scratch = Scratch::default();
-        for layer in (lowest..self.config.layers).rev() {
+        for layer in (lowest..self.config.layers).rev().filter(|&layer| !self.plan.is_skipped(layer)) {
             self.mlp_backward(&pass, layer, &mut dh, grads, &mut scratch);
             let below = below_layers || layer > lowest;
             self.attention_block_backward(&pass, layer, &mut dh, grads, observer, below, &mut scratch);
