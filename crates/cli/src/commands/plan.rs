@@ -4,7 +4,6 @@ use crate::common::{MixerArg, check_output, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use eval::report::bytes;
-use model::plan::PlanCriterion;
 use std::path::PathBuf;
 use surgery::{HeadBank, HeadsReport, criteria, select};
 
@@ -74,23 +73,14 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
             mixer.spec(config, args.window.unwrap_or(default_window), args.sinks)?
         }
     };
-    let scores = criteria::scores(&criterion, &heads, bank.as_ref(), args.seed)?;
-    let options = select::SelectOptions {
+    let choice = select::Choice {
+        criterion: &criterion,
         beta: args.beta,
         keep_at_least_per_layer: args.keep_at_least_per_layer,
         mixer,
-        criterion: PlanCriterion {
-            name: criterion.clone(),
-            tokens: match &bank {
-                Some(bank) if criterion == "mixer-fisher" => bank.info.fisher_tokens,
-                _ => heads.tokens,
-            },
-            bank_sha256: bank.as_ref().map(HeadBank::sha256),
-            data_sha256: Some(heads.data_sha256.clone()),
-            seed: (criterion == "random").then_some(args.seed),
-        },
+        seed: args.seed,
     };
-    let plan = select::select(config, &scores, &options)?;
+    let plan = select::plan_by(&heads, bank.as_ref(), &choice)?;
     weights::files::atomic_write(&args.out, plan.to_json().as_bytes()).with_context(|| "writing the plan")?;
     let summary = select::summary(&plan, config);
     if args.json {
