@@ -3,12 +3,14 @@
 use crate::allocator::keep_freed_pages;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
+use eval::report::Curve;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
-use model::{Dropped, Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
+use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
 use std::path::{Path, PathBuf};
-use train::data::{self, DataSource, Document, SelfOptions, SequenceStream, Split};
+use train::data::{self, DataSource, Document, SelfOptions, Split};
+use train::recipe::Files;
 use weights::{Checkpoint, ModelSource, Tokenizer};
 
 /// A wrong command line that clap could not see; exits with code 2.
@@ -318,14 +320,6 @@ fn needs_tokenizer(source: &DataSource) -> bool {
     }
 }
 
-/// The pieces of `tokens / context` items (at least one) drawn from the documents, each a sequence of one document; single tokens, which predict
-/// nothing, are left out.
-pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
-    let mut stream = SequenceStream::new(documents, context, seed)?;
-    let pieces = stream.next_batch((tokens / context).max(1));
-    Ok(pieces.iter().filter(|piece| piece.len() >= 2).map(<[u32]>::to_vec).collect())
-}
-
 /// Fails early when a context is longer than the model's.
 pub fn check_context(config: &ModelConfig, context: usize) -> Result<()> {
     if context < 2 || context > config.max_context {
@@ -372,14 +366,30 @@ impl MixerArg {
         if window == 0 && (sinks > 0 || self == Self::None) {
             return Err(usage("without a window there can be no sinks, and mixer `none` needs a window"));
         }
-        let (recurrent, d_state, d_conv) = match self {
-            Self::Mamba => (RecurrentKind::Mamba, 16, 4),
-            Self::Mamba2 => (RecurrentKind::Mamba2, config.head_dim, 4),
-            Self::GatedDelta => (RecurrentKind::GatedDelta, config.head_dim, 4),
-            Self::None => (RecurrentKind::None, 0, 0),
+        let recurrent = match self {
+            Self::Mamba => RecurrentKind::Mamba,
+            Self::Mamba2 => RecurrentKind::Mamba2,
+            Self::GatedDelta => RecurrentKind::GatedDelta,
+            Self::None => RecurrentKind::None,
         };
-        Ok(MixerSpec { recurrent, window, sinks, d_state, d_conv, dropped: Dropped::Forgotten })
+        Ok(MixerSpec::of(recurrent, window, sinks, config.head_dim))
     }
+}
+
+/// The learning curves of the metrics in a recipe's work folder, as far as they are there.
+pub fn learning_curves(files: &Files) -> Vec<Curve> {
+    let curve = |path: &Path, name: &str, y: &str| {
+        let text = std::fs::read_to_string(path).ok()?;
+        let points: Vec<(f64, f64)> = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter_map(|v| Some((v.get("tokens")?.as_f64()?, v.get(y)?.as_f64()?)))
+            .collect();
+        Some(Curve { name: name.into(), x_label: "tokens".into(), y_label: y.into(), points })
+    };
+    let align = curve(&files.align_metrics, "align: relative error of the heads", "error");
+    let heal = curve(&files.heal_metrics, "heal: loss", "loss");
+    align.into_iter().chain(heal).collect()
 }
 
 /// Prints pretty JSON to stdout.

@@ -204,6 +204,16 @@ impl fmt::Display for MixerSpec {
 }
 
 impl MixerSpec {
+    /// A mixer of the usual sizes for heads of `head_dim` values: 4 taps, a state of 16 for `mamba` and of `head_dim` for the other recurrences.
+    pub fn of(recurrent: RecurrentKind, window: usize, sinks: usize, head_dim: usize) -> Self {
+        let (d_state, d_conv) = match recurrent {
+            RecurrentKind::None => (0, 0),
+            RecurrentKind::Mamba => (16, 4),
+            RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => (head_dim, 4),
+        };
+        Self { recurrent, window, sinks, d_state, d_conv, dropped: Dropped::Forgotten }
+    }
+
     /// Checks that the sizes are in range and fit heads of `head_dim` values.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
 //! From scores to a HeadPlan under a budget, and what the plan costs.
-//! Knows scores, groups and bytes; knows nothing of where the scores come from.
+//! Knows scores, groups and bytes; knows nothing of how the scores are measured.
 
 mod baseline;
 mod summary;
@@ -13,6 +13,7 @@ pub use baseline::{
 pub use summary::{ContextBytes, PlanSummary, SUMMARY_CONTEXTS, cache_bytes_at, summary};
 
 use crate::error::{Result, SurgeryError};
+use crate::{HeadBank, HeadsReport, criteria};
 use model::plan::{GroupPlan, LayerPlan, PlanCriterion, groups_at};
 use model::{GroupMixer, HeadPlan, MixerSpec, ModelConfig};
 
@@ -27,6 +28,42 @@ pub struct SelectOptions {
     pub mixer: MixerSpec,
     /// Recorded in the plan.
     pub criterion: PlanCriterion,
+}
+
+/// What [`plan_by`] needs besides the measurements.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice<'a> {
+    /// A name of [`criteria::NAMES`].
+    pub criterion: &'a str,
+    /// Share of groups to convert, 0..=1.
+    pub beta: f64,
+    /// Attention groups that every layer keeps at least.
+    pub keep_at_least_per_layer: usize,
+    /// What converted groups become.
+    pub mixer: MixerSpec,
+    /// Seed of `random`.
+    pub seed: u64,
+}
+
+/// The plan of [`select`] by the scores of a criterion, with where they come from on record.
+///
+/// # Errors
+/// As [`criteria::scores`] and [`select`].
+pub fn plan_by(heads: &HeadsReport, bank: Option<&HeadBank>, choice: &Choice<'_>) -> Result<HeadPlan> {
+    let Choice { criterion, beta, keep_at_least_per_layer, mixer, seed } = *choice;
+    let scores = criteria::scores(criterion, heads, bank, seed)?;
+    let tokens = match bank {
+        Some(bank) if criterion == "mixer-fisher" => bank.info.fisher_tokens,
+        _ => heads.tokens,
+    };
+    let criterion = PlanCriterion {
+        name: criterion.into(),
+        tokens,
+        bank_sha256: bank.map(HeadBank::sha256),
+        data_sha256: Some(heads.data_sha256.clone()),
+        seed: (criterion == "random").then_some(seed),
+    };
+    select(&heads.config, &scores, &SelectOptions { beta, keep_at_least_per_layer, mixer, criterion })
 }
 
 /// Converts the `round(beta · groups)` groups of highest score `[layer][group]` (ties: lower layer, lower group first), never more than

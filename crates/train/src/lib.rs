@@ -1,4 +1,5 @@
-//! Training: data pipeline, optimizer, alignment of head banks, healing of hybrids, resumable checkpoints.
+//! Training: data pipeline, optimizer, alignment of head banks, healing of hybrids, recipes of
+//! all stages, resumable checkpoints.
 //! Uses models and banks; knows nothing of terminals or reports.
 #![forbid(unsafe_code)]
 
@@ -8,6 +9,7 @@ pub mod data;
 pub mod error;
 pub mod heal;
 mod optim;
+pub mod recipe;
 mod state;
 mod teacher;
 #[cfg(test)]

@@ -98,21 +98,22 @@ pub fn save_offending_batch(path: &Path, step: u64, sequences: &[&[u32]]) -> Res
 /// # Errors
 /// [`TrainError::Argument`] naming the first setting that differs, with both values.
 pub fn check_same_settings(path: &Path, saved: &serde_json::Value, now: &serde_json::Value) -> Result<()> {
+    match difference(saved, now) {
+        None => Ok(()),
+        Some(difference) => Err(TrainError::Argument(format!(
+            "{} was made with {difference}\nhint: repeat the settings of the interrupted run, or start anew without --resume",
+            path.display()
+        ))),
+    }
+}
+
+/// The first entry in which two objects of settings differ, in words: "`name` before, this run has now".
+pub fn difference(saved: &serde_json::Value, now: &serde_json::Value) -> Option<String> {
     let empty = serde_json::Map::new();
     let (saved, now) = (saved.as_object().unwrap_or(&empty), now.as_object().unwrap_or(&empty));
-    for key in now.keys().chain(saved.keys()) {
-        let (before, after) = (saved.get(key), now.get(key));
-        if before != after {
-            let show = |v: Option<&serde_json::Value>| v.map_or("nothing".into(), ToString::to_string);
-            return Err(TrainError::Argument(format!(
-                "{} was made with `{key}` {}, this run has {}\nhint: repeat the settings of the interrupted run, or start anew without --resume",
-                path.display(),
-                show(before),
-                show(after)
-            )));
-        }
-    }
-    Ok(())
+    let key = now.keys().chain(saved.keys()).find(|key| saved.get(*key) != now.get(*key))?;
+    let show = |v: Option<&serde_json::Value>| v.map_or("nothing".into(), ToString::to_string);
+    Some(format!("`{key}` {}, this run has {}", show(saved.get(key)), show(now.get(key))))
 }
 
 /// A JSON-lines log, one line per step.

@@ -145,6 +145,18 @@ impl AtomicDir {
     }
 }
 
+/// Moves a complete folder to the name `to` on the same file system. Missing parents are made.
+///
+/// # Errors
+/// [`WeightsError::Io`], also when `to` exists and is not an empty folder; `from` then stays where it is.
+pub fn move_dir(from: &Path, to: &Path) -> Result<()> {
+    check_target(to, Existing::Refuse)?;
+    fs::create_dir_all(parent(to)).map_err(WeightsError::io(parent(to)))?;
+    fs::rename(from, to).map_err(WeightsError::io(to))?;
+    sync_dir(parent(from)).map_err(WeightsError::io(from))?;
+    sync_dir(parent(to)).map_err(WeightsError::io(to))
+}
+
 /// Removes what processes killed in the middle of writing `target` left beside it: the temporary files and folders of exactly that
 /// name. Only for the one who is about to write `target`; another writer of the same target would lose its work.
 ///

@@ -1,15 +1,13 @@
 //! `align`: trains the head bank.
 
-use crate::common::{
-    DataArgs, MixerArg, TrainExecArgs, check_context, check_output, documents, load, sequences, usage,
-};
+use crate::common::{DataArgs, MixerArg, TrainExecArgs, check_context, check_output, documents, load, usage};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::number;
 use std::path::PathBuf;
 use surgery::{HeadBank, HeadsReport, bank::init_bank};
 use train::align::{AlignOptions, align};
-use train::data::{self, SequenceStream, Split};
+use train::data::{self, SequenceStream, Split, sequences};
 
 /// Train a replacement head for every KV group, layer by layer, from the model's own inputs and outputs.
 ///

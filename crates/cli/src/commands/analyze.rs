@@ -1,13 +1,13 @@
 //! `analyze`: head statistics and criteria.
 
-use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load, sequences};
+use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::{Report, number};
 use std::path::PathBuf;
 use surgery::criteria;
 use surgery::stats::{AnalyzeOptions, analyze};
-use train::data::Split;
+use train::data::{Split, sequences};
 
 /// Measure every attention head: where it looks, and what replacing it would cost.
 ///

@@ -1,4 +1,6 @@
-//! `heal`: end-to-end training of a hybrid.
+//! `heal`: end-to-end training of a hybrid, or all stages from a base model to a healed hybrid.
+
+mod recipe;
 
 use crate::common::{DataArgs, TrainExecArgs, check_context, check_output, documents, load, usage};
 use crate::ui::Ui;
@@ -13,7 +15,13 @@ use train::heal::{HealOptions, Stage, Trainable, heal};
 /// `distill` minimises kl-weight × KL(base ‖ hybrid) + ce-weight × next-token loss; `continue` is next-token training only. State is
 /// saved every few minutes in `<out>.train`; after an interruption the same command with --resume ends with the same weights.
 ///
+/// With --recipe it starts from the base model alone and runs all stages: analyze, align, plan, convert, heal. What lies between is in
+/// `<out>.work`, with a report; --resume continues there. The result's `recipe.json` tells every setting, tokens and minutes.
+///
 /// Examples:
+///   recurformer heal --recipe default --base smollm2-135m --beta 0.75 --data english-mixed retrieval:context=512 --out healed
+///   recurformer heal --recipe default --base smollm2-135m --elastic 0.5,0.75,0.9 --data english-mixed retrieval:context=512 --out elastic
+///   recurformer heal --recipe paper --base smollm2-135m --beta 0.5 --data english-mixed --out paper
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --stage distill --tokens 32768 --out healed
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --elastic 0.5,0.75,0.9 --out elastic
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-mixed retrieval:context=512 --context 512 --out healed
@@ -21,8 +29,11 @@ use train::heal::{HealOptions, Stage, Trainable, heal};
 #[command(verbatim_doc_comment)]
 pub struct Args {
     /// Folder of the hybrid, from `convert`.
-    #[arg(long)]
-    model: String,
+    #[arg(long, required_unless_present = "recipe")]
+    model: Option<String>,
+    /// Run all stages from the base model on, with the settings of this recipe; needs --beta or --elastic.
+    #[arg(long, value_enum, conflicts_with_all = SET_BY_A_RECIPE)]
+    recipe: Option<RecipeArg>,
     /// The base model it was made from.
     #[arg(long)]
     base: String,
@@ -31,9 +42,10 @@ pub struct Args {
     /// Loss.
     #[arg(long, value_enum, default_value_t = StageArg::Distill)]
     stage: StageArg,
-    /// Tokens to train on.
-    #[arg(long, default_value_t = 32_768)]
-    tokens: u64,
+    /// Tokens to train on [default: 32768]. With --recipe: tokens of align and heal together, shared out as the recipe does [default:
+    /// 589824].
+    #[arg(long)]
+    tokens: Option<u64>,
     /// Tokens of a training item: a window of a long document, or several short ones, each a sequence of its own.
     #[arg(long, default_value_t = 512)]
     context: usize,
@@ -46,8 +58,11 @@ pub struct Args {
     /// What trains besides the new heads: heads, norms, lora:RANK or all.
     #[arg(long, default_value = "heads", value_parser = parse_trainable)]
     train: Trainable,
-    /// Train for several budgets at once: betas, comma-separated, the plan's own the largest. Each step takes one of them; the result runs
-    /// at any lower --beta.
+    /// With --recipe: share of the KV groups to convert.
+    #[arg(long, value_name = "SHARE", conflicts_with = "elastic")]
+    beta: Option<f64>,
+    /// Train for several budgets at once: betas, comma-separated, the plan's own the largest (a recipe plans for the largest). Each step takes
+    /// one of them; the result runs at any lower --beta.
     #[arg(long, value_delimiter = ',', value_name = "BETAS")]
     elastic: Vec<f64>,
     /// Peak learning rate of the new heads.
@@ -71,8 +86,25 @@ pub struct Args {
     /// Seconds between training states on disk.
     #[arg(long, default_value_t = 120)]
     save_every: u64,
+    /// With --recipe: print what the stages did as JSON.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     exec: TrainExecArgs,
+}
+
+/// Options of single runs.
+const SET_BY_A_RECIPE: [&str; 9] =
+    ["model", "stage", "context", "batch", "accumulate", "train", "lr", "kl_weight", "ce_weight"];
+const TOKENS: u64 = 32_768;
+
+/// `--recipe`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+pub enum RecipeArg {
+    /// Mamba-2 heads beside a window of 64 and one sink, aligned, chosen by their own error, then distilled: 524,288 + 65,536 tokens.
+    Default,
+    /// The paper's: fresh Mamba blocks by recency, then all weights trained on next tokens: 589,824 tokens.
+    Paper,
 }
 
 /// `--stage`.
@@ -97,17 +129,21 @@ fn parse_trainable(text: &str) -> Result<Trainable, String> {
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    let Some(model) = &args.model else { return recipe::run(args, ui) };
+    // clap drops a requirement that conflicts with what is given.
+    if args.beta.is_some() || args.json {
+        return Err(usage("--beta and --json need --recipe; a hybrid's budget is its plan's"));
+    }
     check_output(&args.out, false)?;
     if args.batch == 0 || args.accumulate == 0 {
         return Err(usage("--batch and --accumulate must be at least 1"));
     }
     let exec = args.exec.exec()?;
-    let hybrid = load(&args.model, ui)?;
+    let hybrid = load(model, ui)?;
     let base = load(&args.base, ui)?;
     if hybrid.model.plan.converted() == 0 && args.train == Trainable::Heads {
         bail!(
-            "{} has no converted group, so there is no head to train\nhint: run convert first, or choose --train all",
-            args.model
+            "{model} has no converted group, so there is no head to train\nhint: run convert first, or choose --train all"
         );
     }
     if hybrid.model.plan.elastic.is_some() && args.elastic.is_empty() {
@@ -125,7 +161,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             StageArg::Continue => Stage::Continue,
         },
         trainable: args.train,
-        tokens: args.tokens,
+        tokens: args.tokens.unwrap_or(TOKENS),
         batch: args.batch,
         accumulate: args.accumulate,
         lr: args.lr.unwrap_or(defaults.lr),

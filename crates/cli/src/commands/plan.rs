@@ -4,7 +4,6 @@ use crate::common::{MixerArg, check_output, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use eval::report::bytes;
-use model::plan::PlanCriterion;
 use model::{Dropped, HeadPlan, MixerSpec, ModelConfig};
 use std::path::PathBuf;
 use surgery::select::{Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS};
@@ -213,25 +212,16 @@ impl Args {
         if bank.is_none() && criteria::find(criterion)?.source.needs_bank() {
             return Err(usage(format!("criterion {criterion} is measured on a head bank: give --bank")));
         }
-        let scores = criteria::scores(criterion, heads, bank, self.seed)?;
-        let scored_by_bank = criterion == "mixer-fisher";
-        let used_bank = bank.filter(|_| baseline != Some(Baseline::DuoAttention) || scored_by_bank);
-        let options = select::SelectOptions {
+        // A plan of streaming heads uses a bank for its choice at most.
+        let used = |_: &&HeadBank| baseline != Some(Baseline::DuoAttention) || criterion == "mixer-fisher";
+        let choice = select::Choice {
+            criterion,
             beta,
             keep_at_least_per_layer: self.keep_at_least_per_layer,
             mixer: self.mixer_spec(&heads.config, bank, baseline)?,
-            criterion: PlanCriterion {
-                name: criterion.into(),
-                tokens: match bank {
-                    Some(bank) if scored_by_bank => bank.info.fisher_tokens,
-                    _ => heads.tokens,
-                },
-                bank_sha256: used_bank.map(HeadBank::sha256),
-                data_sha256: Some(heads.data_sha256.clone()),
-                seed: (criterion == "random").then_some(self.seed),
-            },
+            seed: self.seed,
         };
-        Ok(select::select(&heads.config, &scores, &options)?)
+        Ok(select::plan_by(heads, bank.filter(used), &choice)?)
     }
 
     fn mixer_spec(

@@ -2,28 +2,28 @@
 
 mod setup;
 
-use crate::common::{Loaded, MixerArg, TrainExecArgs, load, sequences, usage};
+use crate::common::{Loaded, MixerArg, TrainExecArgs, learning_curves, load, usage};
 use crate::ui::Ui;
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
 use eval::bench::{BenchOptions, BenchResult, bench};
 use eval::quality::evaluate;
-use eval::report::{Curve, Generation, Report, VariantRow};
+use eval::report::{Generation, Report, VariantRow};
 use eval::text::{WindowOptions, windows};
 use kernels::Exec;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use model::generate::{GenerateLimits, generate};
-use model::plan::PlanCriterion;
 use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, Sampler, SamplerOptions};
 use setup::Settings;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
-use surgery::convert::{convert, convert_in_memory, save_model};
-use surgery::stats::{AnalyzeOptions, analyze};
-use surgery::{HeadBank, HeadsReport, bank::init_bank, criteria, select};
-use train::align::{AlignOptions, align};
-use train::data::{Document, SequenceStream};
-use train::heal::{HealOptions, heal};
+use surgery::convert::convert_in_memory;
+use surgery::{HeadBank, HeadsReport, select};
+use train::TrainError;
+use train::data::Document;
+use train::recipe::{
+    self, ALIGN, Align, Analyze, Budget, DEFAULT, Files, Heal, Mixer, Numbering, Recipe, Run, Seeds,
+};
 
 /// What models are compared in: close enough to f32 that the differences between models stand far above the rounding.
 const JUDGED: EngineOptions = EngineOptions { weights: Some(Dtype::BF16), kv_type: KvType::F32 };
@@ -78,12 +78,11 @@ pub struct Args {
 /// The row of our hybrid before healing.
 const UNHEALED: &str = "ours, unhealed";
 
-/// What every stage needs.
-struct Stage<'a> {
+/// What the comparison needs.
+struct Quickstart<'a> {
     args: &'a Args,
     exec: Exec,
     base: Loaded,
-    train: Vec<Document>,
     heldout: Vec<Document>,
     context: usize,
     /// What the text is, for the report.
@@ -102,67 +101,56 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     ui.say(&format!("[1/8] fetch: {}", args.model));
     let base = load(&args.model, ui)?;
     let (train, heldout) = settings.text(args, &base, &exec, ui)?;
-    let context = 1024.min(base.model.config.max_context);
-    let stage = Stage {
+    let recipe = recipe(args).fitted(base.model.config.max_context);
+    let stages = Run {
+        exec: &exec,
+        checkpoint: &base.checkpoint,
+        base: &base.model,
+        train: &train,
+        heldout: &heldout,
+        recipe: &recipe,
+        budget: &Budget::Beta(args.beta),
+        work: &args.out,
+        save_every_s: 120,
+        numbering: Numbering { before: 1, after: 2 },
+    };
+    let made = recipe::run(&stages, None, ui).map_err(|error| match error {
+        TrainError::Interrupted => anyhow!("interrupted; the same command continues where it stopped"),
+        other => other.into(),
+    })?;
+    let bank = made.bank.context("the recipe of quickstart aligns")?;
+    let quickstart = Quickstart {
         args,
         exec,
         base,
-        train,
         heldout,
-        context,
+        context: recipe.analyze.context,
         text: settings.text_name(),
         continued: settings.continued,
     };
-
-    let heads = stage.heads(ui)?;
-    let bank = stage.bank(&heads, ui)?;
-    let plan = stage.plan(&heads, &bank, ui)?;
-    let healed = stage.heal(&plan, &bank, ui)?;
-    let mut report = stage.compare(&heads, &bank, &plan, &healed, ui)?;
-    stage.generations(&healed, &mut report, ui)?;
-    stage.finish(report, heads, plan, clock.elapsed().as_secs_f64(), ui)
+    let mut report = quickstart.compare(&made.heads, &bank, &made.plan, &made.healed, ui)?;
+    quickstart.generations(&made.healed, &mut report, ui)?;
+    quickstart.finish(report, made.heads, made.plan, clock.elapsed().as_secs_f64(), ui)
 }
 
-impl Stage<'_> {
+/// The default recipe with budgets of a few minutes.
+fn recipe(args: &Args) -> Recipe {
+    let align = Align { tokens: args.align_tokens, heldout_items: 2, fisher_items: 4, ..ALIGN };
+    Recipe {
+        name: "quickstart",
+        seeds: Seeds::new(args.seed),
+        analyze: Analyze { tokens: args.analyze_tokens, ..DEFAULT.analyze },
+        mixer: Mixer { window: args.window, sinks: usize::from(args.window > 0), ..DEFAULT.mixer },
+        align: Some(align),
+        // Few steps.
+        heal: Heal { tokens: args.heal_tokens, warmup: 4, ..DEFAULT.heal },
+        ..DEFAULT
+    }
+}
+
+impl Quickstart<'_> {
     fn path(&self, name: &str) -> PathBuf {
         self.args.out.join(name)
-    }
-
-    fn heads(&self, ui: &mut Ui) -> Result<HeadsReport> {
-        let path = self.path("heads.json");
-        if path.exists() {
-            ui.say("[2/8] analyze: found heads.json");
-            return Ok(HeadsReport::read(&path)?);
-        }
-        ui.say("[2/8] analyze: where does each head look?");
-        let sequences = sequences(&self.train, self.context, self.args.analyze_tokens, self.args.seed)?;
-        let options = AnalyzeOptions { seed: self.args.seed, ..AnalyzeOptions::default() };
-        let heads = analyze(&self.exec, &self.base.model, &sequences, &options, ui)?;
-        heads.write(&path)?;
-        Ok(heads)
-    }
-
-    fn bank(&self, heads: &HeadsReport, ui: &mut Ui) -> Result<HeadBank> {
-        let path = self.path("bank.safetensors");
-        let config = &self.base.model.config;
-        if path.exists() {
-            ui.say("[3/8] align: found bank.safetensors");
-            return Ok(HeadBank::read(&path, config)?);
-        }
-        ui.say("[3/8] align: training a replacement for every KV group");
-        let spec = MixerArg::Mamba2.spec(config, self.args.window, None)?;
-        let bank = init_bank(&self.base.model, spec, heads, self.args.seed)?;
-        let options = AlignOptions {
-            tokens: self.args.align_tokens,
-            heldout: sequences(&self.heldout, self.context, 2 * self.context, self.args.seed)?,
-            fisher: sequences(&self.train, self.context, 4 * self.context, self.args.seed ^ 1)?,
-            out: path.clone(),
-            resume: path.with_extension("safetensors.state").exists(),
-            metrics: Some(self.path("align-metrics.jsonl")),
-            ..AlignOptions::default()
-        };
-        let mut stream = SequenceStream::new(&self.train, 512.min(self.context), self.args.seed)?;
-        Ok(align(&self.exec, &self.base.model, bank, &mut stream, &options, ui)?)
     }
 
     fn plan_by(
@@ -172,66 +160,9 @@ impl Stage<'_> {
         heads: &HeadsReport,
         bank: Option<&HeadBank>,
     ) -> Result<HeadPlan> {
-        let scores = criteria::scores(criterion, heads, bank, self.args.seed)?;
-        let options = select::SelectOptions {
-            beta: self.args.beta,
-            keep_at_least_per_layer: 0,
-            mixer,
-            criterion: PlanCriterion {
-                name: criterion.into(),
-                tokens: bank
-                    .filter(|_| criterion == "mixer-fisher")
-                    .map_or(heads.tokens, |b| b.info.fisher_tokens),
-                bank_sha256: bank.map(HeadBank::sha256),
-                data_sha256: Some(heads.data_sha256.clone()),
-                seed: (criterion == "random").then_some(self.args.seed),
-            },
-        };
-        Ok(select::select(&self.base.model.config, &scores, &options)?)
-    }
-
-    fn plan(&self, heads: &HeadsReport, bank: &HeadBank, ui: &mut Ui) -> Result<HeadPlan> {
-        let plan = self.plan_by("mixer-fisher", bank.info.spec, heads, Some(bank))?;
-        ui.say(&format!(
-            "[4/8] plan: {} of {} KV groups, by the replacement's own error",
-            plan.converted(),
-            plan.total()
-        ));
-        weights::files::atomic_write(&self.path("plan.json"), plan.to_json().as_bytes())?;
-        Ok(plan)
-    }
-
-    fn heal(&self, plan: &HeadPlan, bank: &HeadBank, ui: &mut Ui) -> Result<Model> {
-        let (hybrid, healed) = (self.path("hybrid"), self.path("healed"));
-        if hybrid.exists() {
-            ui.say("[5/8] convert: found hybrid/");
-        } else {
-            ui.say("[5/8] convert");
-            convert(&self.base.checkpoint, plan, Some(bank), None, self.args.seed, &hybrid, ui)?;
-        }
-        if healed.exists() {
-            ui.say("[6/8] heal: found healed/");
-            return Ok(load(&healed.to_string_lossy(), ui)?.model);
-        }
-        ui.say("[6/8] heal: distilling the base into the hybrid");
-        let mut model = convert_in_memory(&self.base.model, plan, Some(bank), None, self.args.seed)?;
-        let state_dir = self.path("healed.train");
-        let options = HealOptions {
-            tokens: self.args.heal_tokens,
-            // Few tokens: many small steps with a low peak (docs/log).
-            batch: 1,
-            lr: 2e-4,
-            warmup: 4,
-            seed: self.args.seed,
-            resume: state_dir.join("state.safetensors").exists(),
-            state_dir,
-            ..HealOptions::default()
-        };
-        let mut stream = SequenceStream::new(&self.train, 512.min(self.context), self.args.seed ^ 2)?;
-        heal(&self.exec, &self.base.model, &mut model, &mut stream, &options, ui)?;
-        let source = weights::Checkpoint::open(&hybrid)?;
-        save_model(&source, &model, &healed, ui)?;
-        Ok(model)
+        let (beta, seed) = (self.args.beta, self.args.seed);
+        let choice = select::Choice { criterion, beta, keep_at_least_per_layer: 0, mixer, seed };
+        Ok(select::plan_by(heads, bank, &choice)?)
     }
 
     /// Every model of the table, judged on the same held-out text and timed at the same depths.
@@ -372,13 +303,7 @@ impl Stage<'_> {
                 format!("in {:.1} minutes", seconds / 60.0)
             }
         );
-        report.curves = [
-            curve(&self.path("align-metrics.jsonl"), "align: relative error of the heads", "error"),
-            curve(&self.path("healed.train/metrics.jsonl"), "heal: loss", "loss"),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
+        report.curves = learning_curves(&Files::of(&args.out));
         report.commands = vec![std::env::args().collect::<Vec<_>>().join(" ")];
         report.environment = vec![
             ("recurformer".into(), env!("CARGO_PKG_VERSION").into()),
@@ -406,15 +331,4 @@ impl Stage<'_> {
         ));
         Ok(())
     }
-}
-
-/// A learning curve from a JSONL metrics file: field `y` against `tokens`; none when the file is not there.
-fn curve(path: &Path, name: &str, y: &str) -> Option<Curve> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let points: Vec<(f64, f64)> = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter_map(|v| Some((v.get("tokens")?.as_f64()?, v.get(y)?.as_f64()?)))
-        .collect();
-    Some(Curve { name: name.into(), x_label: "tokens".into(), y_label: y.into(), points })
 }

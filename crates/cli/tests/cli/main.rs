@@ -9,6 +9,7 @@ mod export;
 mod logits;
 mod pipeline;
 mod quickstart;
+mod recipe;
 #[cfg(unix)]
 mod resume;
 mod sources;

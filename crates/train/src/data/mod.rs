@@ -21,7 +21,7 @@ pub use file::read_file;
 pub use generated::generated;
 pub use heldout::split_pair;
 pub use sampled::self_sampled;
-pub use stream::SequenceStream;
+pub use stream::{SequenceStream, fingerprint, sequences};
 
 use crate::error::{Result, TrainError};
 use std::path::{Path, PathBuf};

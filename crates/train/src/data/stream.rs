@@ -70,16 +70,9 @@ impl SequenceStream {
         }
         let mut names: Vec<&str> = Vec::new();
         let mut grouped: Vec<Vec<Vec<u32>>> = Vec::new();
-        let mut digest = Sha256::new();
         for document in documents {
-            let at = names.iter().position(|n| *n == document.source).unwrap_or_else(|| {
-                names.push(&document.source);
-                grouped.push(Vec::new());
-                names.len() - 1
-            });
-            digest.update((at as u64).to_le_bytes());
-            digest.update((document.tokens.len() as u64).to_le_bytes());
-            document.tokens.iter().for_each(|t| digest.update(t.to_le_bytes()));
+            let at = place(&mut names, &document.source);
+            grouped.resize(names.len(), Vec::new());
             grouped[at].push(document.tokens.clone());
         }
         let mut sources: Vec<Source> = names.iter().zip(grouped).enumerate().map(Source::new).collect();
@@ -93,13 +86,13 @@ impl SequenceStream {
                 "no source holds {seq_len} tokens (longest document: {longest})\nhint: give more text or a shorter sequence length"
             )));
         }
-        let hex: String = digest.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let digest = fingerprint(documents);
         Ok(Self {
             seq_len,
             seed,
             sources,
             position: 0,
-            fingerprint: format!("{hex}-{seq_len}-{seed}-{RULE}"),
+            fingerprint: format!("{digest}-{seq_len}-{seed}-{RULE}"),
         })
     }
 
@@ -176,6 +169,37 @@ impl SequenceStream {
         self.position += 1;
         (chosen, source.next - 1)
     }
+}
+
+/// SHA-256 of the documents' tokens and of which of them come from the same source, in hexadecimal; the sources' names do not count.
+pub fn fingerprint(documents: &[Document]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    let mut digest = Sha256::new();
+    for document in documents {
+        digest.update((place(&mut names, &document.source) as u64).to_le_bytes());
+        digest.update((document.tokens.len() as u64).to_le_bytes());
+        document.tokens.iter().for_each(|t| digest.update(t.to_le_bytes()));
+    }
+    digest.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The pieces of `tokens / context` items (at least one) drawn from the documents, each a sequence of one document; single tokens, which predict
+/// nothing, are left out.
+///
+/// # Errors
+/// As [`SequenceStream::new`].
+pub fn sequences(documents: &[Document], context: usize, tokens: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let mut stream = SequenceStream::new(documents, context, seed)?;
+    let pieces = stream.next_batch((tokens / context).max(1));
+    Ok(pieces.iter().filter(|piece| piece.len() >= 2).map(<[u32]>::to_vec).collect())
+}
+
+/// Index of `name`, which is added when it is new.
+fn place<'a>(names: &mut Vec<&'a str>, name: &'a str) -> usize {
+    names.iter().position(|n| *n == name).unwrap_or_else(|| {
+        names.push(name);
+        names.len() - 1
+    })
 }
 
 impl Source {

@@ -21,7 +21,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// What the loss is.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Stage {
     /// `kl · KL(base ‖ hybrid) + ce · cross-entropy`.
     Distill {
@@ -35,7 +36,8 @@ pub enum Stage {
 }
 
 /// Which parameters train besides the new heads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Trainable {
     /// New heads only.
     Heads,

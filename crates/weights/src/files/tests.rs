@@ -121,3 +121,16 @@ fn only_temporaries_of_the_same_target_are_stale() {
     assert_eq!(names(dir.path()), expected);
     remove_stale(&dir.path().join("missing/out")).unwrap();
 }
+
+#[test]
+fn folders_move_whole_and_overwrite_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("deep/to"));
+    fs::create_dir(&from).unwrap();
+    fs::write(from.join("f"), "1").unwrap();
+    move_dir(&from, &to).unwrap();
+    assert!(!from.exists() && fs::read(to.join("f")).unwrap() == b"1");
+    fs::create_dir(&from).unwrap();
+    assert!(move_dir(&from, &to).is_err() && from.exists() && to.join("f").exists());
+    assert!(move_dir(&dir.path().join("no"), &dir.path().join("other")).is_err());
+}
