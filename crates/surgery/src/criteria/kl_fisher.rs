@@ -2,7 +2,7 @@
 
 use super::fisher::fisher;
 use super::window::{WINDOW, window_delta};
-use super::{Criterion, Scores, Source};
+use super::{Cost, Criterion, Scores, Source};
 use crate::error::Result;
 use kernels::Exec;
 use model::{Model, Progress};
@@ -10,6 +10,9 @@ use model::{Model, Progress};
 pub const CRITERION: Criterion = Criterion {
     name: "kl-fisher",
     about: "minus the first-order KL per token when the group sees the last 64 tokens and the sink",
+    cost: Cost::ForwardBackward,
+    measured: None,
+    reference: "this project",
     source: Source::Backward(measure),
 };
 
