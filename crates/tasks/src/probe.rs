@@ -165,12 +165,22 @@ mod tests {
     }
 
     #[test]
-    fn the_text_is_pinned() {
+    fn the_text_is_noise_a_note_and_a_question() {
         let tokenizer = tokenizer();
-        let made = probe(&tokenizer, None, 400, 1, (0, 0)).unwrap();
-        assert_eq!(decode(&tokenizer, &made.tokens), "");
-        assert_ne!(made, probe(&tokenizer, None, 400, 1, (0, 1)).unwrap());
-        assert_ne!(made, probe(&tokenizer, None, 400, 1, (1, 0)).unwrap());
+        let made = probe(&tokenizer, None, 700, 1, (0, 0)).unwrap();
+        let text = decode(&tokenizer, &made.tokens);
+        let lines: Vec<&str> = text.trim_end().split('\n').collect();
+        let [intro, middle @ .., question] = lines.as_slice() else { panic!("{text}") };
+        assert!(intro.starts_with("Some numbers are written down"));
+        let (notes, noise): (Vec<&str>, Vec<&str>) =
+            middle.iter().partition(|line| line.starts_with("Note: "));
+        assert!(noise.len() > 3 && NOISE.contains(&noise[0]) && noise.iter().all(|line| *line == noise[0]));
+        let fact = notes[0].strip_prefix("Note: the number of the ").unwrap();
+        assert_eq!(*question, format!("As noted above, the number of the {fact}"));
+        assert_eq!(notes.len(), 1);
+        assert_eq!(made, probe(&tokenizer, None, 700, 1, (0, 0)).unwrap());
+        assert_ne!(made, probe(&tokenizer, None, 700, 1, (0, 1)).unwrap());
+        assert_ne!(made, probe(&tokenizer, None, 700, 1, (1, 0)).unwrap());
     }
 
     #[test]
