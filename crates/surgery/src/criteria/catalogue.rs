@@ -37,7 +37,7 @@ impl Cost {
     }
 }
 
-/// A time taken once: SmolLM2-135M, two cores, f32 (see the dated logs).
+/// A time taken once, with other work beside: SmolLM2-135M, two cores, f32 (docs/log/2026-11-26-criteria.md).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measured {
     /// Seconds.

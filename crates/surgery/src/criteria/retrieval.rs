@@ -1,7 +1,7 @@
 //! `retrieval`: how often a head's strongest attention is on the token of the needle that is to be said next.
 
 use super::needle::{Needle, NeedlePrompt, check_prompts};
-use super::{Cost, Criterion, Inputs, Measurement, Scores, Source};
+use super::{Cost, Criterion, Inputs, Measured, Measurement, Scores, Source};
 use crate::error::{Result, SurgeryError};
 use kernels::elementwise::dot;
 use model::observe::AttnView;
@@ -11,7 +11,7 @@ pub const CRITERION: Criterion = Criterion {
     name: "retrieval",
     about: "minus the retrieval-head score: share of answer tokens at whose generation the head attends most to that token in the needle; mean over the group's heads",
     cost: Cost::ForwardNeedles,
-    measured: None,
+    measured: Some(Measured { seconds: 43.0, of: "8 prompts of 1,024 tokens" }),
     reference: "Retrieval Head, arXiv 2404.15574",
     source: Source::Needles(measure),
 };
