@@ -52,15 +52,18 @@ pub struct Choice<'a> {
 pub fn plan_by(heads: &HeadsReport, bank: Option<&HeadBank>, choice: &Choice<'_>) -> Result<HeadPlan> {
     let Choice { criterion, beta, keep_at_least_per_layer, mixer, seed } = *choice;
     let scores = criteria::scores(criterion, heads, bank, seed)?;
-    let tokens = match bank {
-        Some(bank) if criterion == "mixer-fisher" => bank.info.fisher_tokens,
+    let on_prompts = criteria::find(criterion)?.source.needs_prompts();
+    let prompts = heads.needle_prompts.as_ref().filter(|_| on_prompts);
+    let tokens = match (bank, prompts) {
+        (Some(bank), _) if criterion == "mixer-fisher" => bank.info.fisher_tokens,
+        (_, Some(prompts)) => prompts.tokens,
         _ => heads.tokens,
     };
     let criterion = PlanCriterion {
         name: criterion.into(),
         tokens,
         bank_sha256: bank.map(HeadBank::sha256),
-        data_sha256: Some(heads.data_sha256.clone()),
+        data_sha256: Some(prompts.map_or(&heads.data_sha256, |prompts| &prompts.sha256).clone()),
         seed: (criterion == "random").then_some(seed),
     };
     select(&heads.config, &scores, &SelectOptions { beta, keep_at_least_per_layer, mixer, criterion })

@@ -6,7 +6,7 @@ mod report;
 #[cfg(test)]
 mod tests;
 
-use crate::criteria::{self, Criterion, ForwardCriterion, Source};
+use crate::criteria::{self, Criterion, DuoOptions, ForwardCriterion, Inputs, NeedlePrompt, Source, States};
 use crate::error::{Result, SurgeryError};
 use accumulate::HeadAccumulator;
 use kernels::Exec;
@@ -70,6 +70,20 @@ pub struct LayerHeads {
     /// Mean cosine over tokens between the residual stream that comes into the layer and the one that leaves it; absent in older files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub similarity: Option<f64>,
+    /// By criterion, a number per query head (not negated: as its source defines it), where the scores are means of such.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub head_scores: BTreeMap<String, Vec<f64>>,
+}
+
+/// The needle prompts that some criteria were measured on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptsInfo {
+    /// How many.
+    pub prompts: usize,
+    /// Tokens of all of them.
+    pub tokens: usize,
+    /// SHA-256 of tokens and positions.
+    pub sha256: String,
 }
 
 /// The content of `heads.json`.
@@ -91,6 +105,9 @@ pub struct HeadsReport {
     pub data_sha256: String,
     /// Seed of the seeded criteria.
     pub seed: u64,
+    /// Needle prompts, when criteria were measured on some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needle_prompts: Option<PromptsInfo>,
     /// One entry per layer.
     pub layers: Vec<LayerHeads>,
 }
@@ -100,17 +117,30 @@ pub struct HeadsReport {
 pub struct AnalyzeOptions {
     /// Criteria to score (names as in [`crate::criteria::NAMES`]); those that need a bank are not allowed here.
     pub criteria: Vec<String>,
-    /// Seed of `random` and of label sampling in `kl-fisher`.
+    /// Seed of `random`, of label sampling in `kl-fisher`, and of the prompts' order in `duo`.
     pub seed: u64,
     /// Sink positions, left out of the live statistics.
     pub sinks: Vec<usize>,
+    /// What the criteria about retrieval are measured on.
+    pub prompts: Vec<NeedlePrompt>,
+    /// How `duo` learns.
+    pub duo: DuoOptions,
+    /// Where criteria of many passes keep what they have; the caller removes it when the report is written. `None`: nowhere.
+    pub states: Option<States>,
 }
 
 impl Default for AnalyzeOptions {
-    /// Every criterion that needs no bank, seed 0, the first token as sink.
+    /// Every criterion that takes one forward and one backward pass at most and no bank, seed 0, the first token as sink, no prompts, no states.
     fn default() -> Self {
-        let criteria = criteria::ALL.iter().filter(|c| !c.source.needs_bank()).map(|c| c.name.to_string());
-        Self { criteria: criteria.collect(), seed: 0, sinks: vec![0] }
+        let criteria = criteria::ALL.iter().filter(|c| c.source.by_default()).map(|c| c.name.to_string());
+        Self {
+            criteria: criteria.collect(),
+            seed: 0,
+            sinks: vec![0],
+            prompts: Vec::new(),
+            duo: DuoOptions::default(),
+            states: None,
+        }
     }
 }
 
@@ -119,7 +149,7 @@ impl Default for AnalyzeOptions {
 ///
 /// # Errors
 /// [`SurgeryError::Argument`] for a hybrid model, no sequences, a sequence shorter than two tokens, sinks
-/// in every window, a criterion that is unknown or needs a bank; [`SurgeryError::Model`] from the passes; [`SurgeryError::Interrupted`].
+/// in every window, a criterion that is unknown or needs a bank, missing or contradictory prompts; [`SurgeryError::Model`] from the passes; [`SurgeryError::Interrupted`].
 pub fn analyze(
     exec: &Exec,
     model: &Model,
@@ -175,6 +205,11 @@ pub fn analyze(
         sinks: sinks.clone(),
         data_sha256: tokens_sha256(sequences),
         seed: options.seed,
+        needle_prompts: requested.iter().any(|c| c.source.needs_prompts()).then(|| PromptsInfo {
+            prompts: options.prompts.len(),
+            tokens: options.prompts.iter().map(|prompt| prompt.tokens.len()).sum(),
+            sha256: criteria::prompts_sha256(&options.prompts),
+        }),
         layers: observer.heads.iter().map(|heads| layer_report(heads, config.group_size())).collect(),
     };
     for (layer, sum) in report.layers.iter_mut().zip(similarity) {
@@ -183,10 +218,26 @@ pub fn analyze(
     for (name, criterion) in observer.forward {
         report.set_scores(name, &criterion.finish(tokens));
     }
+    let inputs = Inputs {
+        exec,
+        model,
+        sequences,
+        prompts: &options.prompts,
+        seed: options.seed,
+        duo: &options.duo,
+        states: options.states.as_ref(),
+    };
     for criterion in requested {
         let scores = match criterion.source {
             Source::Stats(score) => score(&report, options.seed),
             Source::Backward(measure) => measure(exec, model, sequences, options.seed, progress)?,
+            Source::Groups(measure) | Source::Needles(measure) => {
+                let found = measure(&inputs, progress)?;
+                if let Some(heads) = &found.heads {
+                    report.set_head_scores(criterion.name, heads);
+                }
+                found.groups
+            }
             Source::Forward(_) | Source::Bank(_) => continue,
         };
         report.set_scores(criterion.name, &scores);
@@ -202,6 +253,11 @@ fn requested_criteria(options: &AnalyzeOptions) -> Result<Vec<&'static Criterion
             return Err(SurgeryError::Argument(format!(
                 "criterion `{name}` needs a head bank; it is measured when the bank is trained\n\
                  hint: leave it out here and give the bank when planning"
+            )));
+        }
+        if criterion.source.needs_prompts() && options.prompts.is_empty() {
+            return Err(SurgeryError::Argument(format!(
+                "criterion `{name}` is measured on needle prompts, none was given\nhint: give at least one"
             )));
         }
         if !requested.iter().any(|c| c.name == criterion.name) {
@@ -223,8 +279,8 @@ fn check_windows(head: &HeadAccumulator, sequences: &[Vec<u32>]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses hybrids and sequences without a query to look at.
-pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<()> {
+/// Refuses hybrids.
+pub(crate) fn check_base(model: &Model) -> Result<()> {
     if !model.plan.is_base() {
         return Err(SurgeryError::Argument(format!(
             "this model is a hybrid already ({} groups converted, {} layers skipped); heads are measured on the base model",
@@ -232,6 +288,12 @@ pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<(
             model.plan.skipped()
         )));
     }
+    Ok(())
+}
+
+/// Refuses hybrids and sequences without a query to look at.
+pub(crate) fn check_sequences(model: &Model, sequences: &[Vec<u32>]) -> Result<()> {
+    check_base(model)?;
     if sequences.is_empty() {
         return Err(SurgeryError::Argument("no calibration text: no sequence of tokens was given".into()));
     }
@@ -254,7 +316,7 @@ fn cosines(a: &[f32], b: &[f32], width: usize) -> f64 {
     .sum()
 }
 
-fn tokens_sha256(sequences: &[Vec<u32>]) -> String {
+pub(crate) fn tokens_sha256(sequences: &[Vec<u32>]) -> String {
     let mut hash = Sha256::new();
     for token in sequences.iter().flatten() {
         hash.update(token.to_le_bytes());
@@ -293,7 +355,7 @@ fn layer_report(heads: &[HeadAccumulator], group_size: usize) -> LayerHeads {
         .chunks_exact(group_size)
         .map(|heads| GroupStats { stats: HeadStats::mean(heads), scores: BTreeMap::new() })
         .collect();
-    LayerHeads { heads, groups, similarity: None }
+    LayerHeads { heads, groups, similarity: None, head_scores: BTreeMap::new() }
 }
 
 impl HeadStats {

@@ -14,6 +14,8 @@ pub enum Purpose {
     HashHop = 3,
     /// RULER prompts to test with.
     Ruler = 4,
+    /// Probes to choose heads with.
+    Probe = 5,
 }
 
 /// The stream of number `index` (below 2^56).

@@ -6,6 +6,7 @@ mod draw;
 pub mod error;
 pub mod hashhop;
 pub mod passkey;
+pub mod probe;
 mod retrieval;
 pub mod ruler;
 mod sizing;

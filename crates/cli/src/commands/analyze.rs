@@ -1,19 +1,25 @@
 //! `analyze`: head statistics and criteria.
 
-use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load};
+use crate::common::{DataArgs, ExecArgs, Loaded, check_context, check_output, documents, load, usage};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::{Report, number};
 use std::path::PathBuf;
-use surgery::criteria;
+use surgery::criteria::{self, DuoOptions, Needle, NeedlePrompt, States};
 use surgery::stats::{AnalyzeOptions, analyze};
+use tasks::probe::{ProbeNeedle, probe};
 use train::data::{Split, sequences};
 
 /// Measure every attention head: where it looks, and what replacing it would cost.
 ///
+/// Criteria of many passes are measured when --criteria names them (`plan --list-criteria` says what each costs): `kl` on the calibration
+/// text, `retrieval`, `patching` and `duo` on generated needle prompts. What they have measured lies in `<out>.<criterion>.state` until
+/// the end; after an interruption the same command with --resume goes on from there.
+///
 /// Examples:
 ///   recurformer analyze --model smollm2-135m --data english-small --tokens 8192 --out heads.json --html heads.html
 ///   recurformer analyze --model smollm2-135m --data english-mixed retrieval --tokens 16384 --out heads.json
+///   recurformer analyze --model smollm2-135m --data english-mixed --tokens 2048 --criteria kl,retrieval --out heads.json
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -28,14 +34,35 @@ pub struct Args {
     /// Most tokens of a sequence; shorter documents are sequences of their own.
     #[arg(long, default_value_t = 1024)]
     context: usize,
-    /// Criteria to score, comma-separated.
+    /// Criteria to score, comma-separated; without it, those of one forward and one backward pass at most.
     #[arg(
         long,
         value_delimiter = ',',
         value_parser = clap::builder::PossibleValuesParser::new(without_bank()),
-        default_values = without_bank()
+        default_values = by_default()
     )]
     criteria: Vec<String>,
+    /// Needle prompts for retrieval, patching and duo.
+    #[arg(long, default_value_t = 16)]
+    needle_prompts: usize,
+    /// Numbers hidden in each of them.
+    #[arg(long, default_value_t = 4)]
+    needles: usize,
+    /// Tokens of each of them (default: --context).
+    #[arg(long)]
+    needle_context: Option<usize>,
+    /// Training steps of duo, each on one prompt.
+    #[arg(long, default_value_t = DuoOptions::default().steps)]
+    duo_steps: usize,
+    /// Last tokens that streaming attention sees in duo.
+    #[arg(long, default_value_t = DuoOptions::default().window)]
+    duo_window: usize,
+    /// First tokens that it sees.
+    #[arg(long, default_value_t = DuoOptions::default().sinks)]
+    duo_sinks: usize,
+    /// Go on from the states that an interrupted run left beside --out; where there is none, begin.
+    #[arg(long)]
+    resume: bool,
     /// Seed of the sequence order and of the drawn criteria.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -54,6 +81,41 @@ fn without_bank() -> Vec<&'static str> {
     criteria::ALL.iter().filter(|c| !c.source.needs_bank()).map(|c| c.name).collect()
 }
 
+/// Names of those that are measured unless others are named.
+fn by_default() -> Vec<&'static str> {
+    criteria::ALL.iter().filter(|c| c.source.by_default()).map(|c| c.name).collect()
+}
+
+/// Generated needle prompts, where a criterion needs them.
+fn needle_prompts(args: &Args, loaded: &Loaded) -> Result<Vec<NeedlePrompt>> {
+    let needed = |name: &String| criteria::find(name).is_ok_and(|c| c.source.needs_prompts());
+    if !args.criteria.iter().any(needed) {
+        return Ok(Vec::new());
+    }
+    if args.needle_prompts == 0 {
+        return Err(usage("--needle-prompts 0: retrieval, patching and duo need at least one prompt"));
+    }
+    let config = &loaded.model.config;
+    let context = args.needle_context.unwrap_or(args.context);
+    if context > config.max_context {
+        return Err(usage(format!(
+            "--needle-context {context} is longer than the model's {}",
+            config.max_context
+        )));
+    }
+    let tokenizer = loaded.tokenizer()?;
+    (0..args.needle_prompts as u64)
+        .map(|index| {
+            let made = probe(&tokenizer, config.bos_token_id, context, args.needles, (args.seed, index))?;
+            let needles = made.needles.into_iter();
+            let needles = needles
+                .map(|ProbeNeedle { said, asked, distractor }| Needle { said, asked, distractor })
+                .collect();
+            Ok(NeedlePrompt { tokens: made.tokens, needles })
+        })
+        .collect()
+}
+
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     for path in [Some(&args.out), args.html.as_ref()].into_iter().flatten() {
         check_output(path, true)?;
@@ -63,10 +125,24 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     check_context(&loaded.model.config, args.context)?;
     let documents = documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?;
     let sequences = sequences(&documents, args.context, args.tokens, args.seed)?;
-    let options =
-        AnalyzeOptions { criteria: args.criteria.clone(), seed: args.seed, ..AnalyzeOptions::default() };
+    let states = States { heads: args.out.clone(), resume: args.resume };
+    let duo = DuoOptions {
+        steps: args.duo_steps,
+        window: args.duo_window,
+        sinks: args.duo_sinks,
+        ..DuoOptions::default()
+    };
+    let options = AnalyzeOptions {
+        criteria: args.criteria.clone(),
+        seed: args.seed,
+        prompts: needle_prompts(args, &loaded)?,
+        duo,
+        states: Some(states.clone()),
+        ..AnalyzeOptions::default()
+    };
     let heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
     heads.write(&args.out)?;
+    states.remove()?;
     if let Some(path) = &args.html {
         let report = Report {
             title: format!("Heads of {}", args.model),

@@ -5,6 +5,7 @@ use crate::ui::Ui;
 use anyhow::{Context, Result};
 use eval::report::bytes;
 use model::{Dropped, HeadPlan, MixerSpec, ModelConfig};
+use serde::Serialize;
 use std::path::PathBuf;
 use surgery::select::{Baseline, DUO_SINKS, DUO_WINDOW, STREAMING_SINKS};
 use surgery::{HeadBank, HeadsReport, criteria, select};
@@ -16,12 +17,13 @@ use surgery::{HeadBank, HeadsReport, criteria, select};
 ///   recurformer plan --heads heads.json --criterion kl-fisher --mixer none --window 64 --beta 0.75 --out plan.json
 ///   recurformer plan --heads heads.json --baseline streaming-llm --beta 0.5 --at 8192 --out streaming.json
 ///   recurformer plan --heads heads.json --baseline duo-attention --criterion recency --beta 0.5 --out duo.json
+///   recurformer plan --list-criteria
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
     /// heads.json from `analyze`.
-    #[arg(long)]
-    heads: PathBuf,
+    #[arg(long, required_unless_present = "list_criteria")]
+    heads: Option<PathBuf>,
     /// Head bank from `align`; decides the mixer.
     #[arg(long)]
     bank: Option<PathBuf>,
@@ -59,11 +61,69 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// The plan.json to write.
-    #[arg(long)]
-    out: PathBuf,
-    /// Print the summary as JSON.
+    #[arg(long, required_unless_present = "list_criteria")]
+    out: Option<PathBuf>,
+    /// Print the summary, or the list of criteria, as JSON.
     #[arg(long)]
     json: bool,
+    /// Print every criterion with what it measures, what that costs and where it comes from; write nothing.
+    #[arg(long, conflicts_with_all = ["heads", "bank", "criterion", "beta", "out"])]
+    list_criteria: bool,
+}
+
+/// A row of `--list-criteria`.
+#[derive(Serialize)]
+struct Listed {
+    name: &'static str,
+    measures: &'static str,
+    cost: &'static str,
+    /// SmolLM2-135M on two cores.
+    seconds: Option<f64>,
+    seconds_for: Option<&'static str>,
+    by_default: bool,
+    needs_bank: bool,
+    reference: &'static str,
+}
+
+fn list_criteria(json: bool) -> Result<()> {
+    let rows: Vec<Listed> = criteria::ALL
+        .iter()
+        .map(|c| Listed {
+            name: c.name,
+            measures: c.about,
+            cost: c.cost.words(),
+            seconds: c.measured.map(|m| m.seconds),
+            seconds_for: c.measured.map(|m| m.of),
+            by_default: c.source.by_default(),
+            needs_bank: c.source.needs_bank(),
+            reference: c.reference,
+        })
+        .collect();
+    if json {
+        return print_json(&rows);
+    }
+    let mut table = vec![["criterion", "cost", "SmolLM2-135M, 2 cores", "reference"].map(String::from)];
+    table.extend(rows.iter().map(|row| {
+        let measured = match (row.seconds, row.seconds_for) {
+            (Some(seconds), Some(of)) => format!("{seconds} s for {of}"),
+            _ => "-".into(),
+        };
+        [row.name.into(), row.cost.into(), measured, row.reference.into()]
+    }));
+    let width = |column: usize| table.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2)];
+    for (index, [name, cost, measured, reference]) in table.iter().enumerate() {
+        let [a, b, c] = widths;
+        println!("{name:a$}  {cost:b$}  {measured:c$}  {reference}");
+        if let Some(row) = index.checked_sub(1).map(|i| &rows[i]) {
+            println!("  {}", row.measures);
+        }
+    }
+    println!(
+        "higher scores are safer to convert; `analyze` measures those by default: {}",
+        rows.iter().filter(|row| row.by_default).map(|row| row.name).collect::<Vec<_>>().join(", ")
+    );
+    Ok(())
 }
 
 /// `--dropped`.
@@ -83,11 +143,17 @@ impl From<DroppedArg> for Dropped {
 }
 
 pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
+    if args.list_criteria {
+        return list_criteria(args.json);
+    }
     if let Some(beta) = args.beta.filter(|beta| !(0.0..=1.0).contains(beta)) {
         return Err(usage(format!("--beta {beta} must be between 0 and 1")));
     }
-    check_output(&args.out, true)?;
-    let heads = HeadsReport::read(&args.heads)?;
+    let (Some(heads), Some(out)) = (&args.heads, &args.out) else {
+        return Err(usage("--heads and --out are needed to make a plan"));
+    };
+    check_output(out, true)?;
+    let heads = HeadsReport::read(heads)?;
     let config = &heads.config;
     let bank = args.bank.as_ref().map(|path| HeadBank::read(path, config)).transpose()?;
     let plan = match args.baseline() {
@@ -96,7 +162,7 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
         baseline => args.selected(&heads, bank.as_ref(), baseline)?,
     };
     let criterion = plan.criterion.as_ref().map_or("nothing", |c| c.name.as_str());
-    weights::files::atomic_write(&args.out, plan.to_json().as_bytes()).with_context(|| "writing the plan")?;
+    weights::files::atomic_write(out, plan.to_json().as_bytes()).with_context(|| "writing the plan")?;
     let summary = select::summary(&plan, config);
     if args.json {
         return print_json(&summary);
@@ -132,7 +198,7 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     for (layer, kept) in summary.kept_groups.iter().enumerate() {
         println!("  {layer:>3} {}/{} {kept:?}", kept.len(), plan.layers[layer].groups.len());
     }
-    println!("wrote {}", args.out.display());
+    println!("wrote {}", out.display());
     Ok(())
 }
 

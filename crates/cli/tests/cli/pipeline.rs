@@ -249,6 +249,72 @@ fn every_criterion_and_the_floor_make_plans() {
 }
 
 #[test]
+fn the_list_of_criteria_says_what_each_costs() {
+    let work = Work::new();
+    let rows = work.ok_json("plan --list-criteria --json");
+    let text = work.ok("plan --list-criteria");
+    let names: Vec<&str> = rows.as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert!(
+        ["kl", "kl-fisher", "recency", "mixer-fisher", "duo"].iter().all(|name| names.contains(name)),
+        "{names:?}"
+    );
+    for row in rows.as_array().unwrap() {
+        for key in ["name", "measures", "cost", "reference"] {
+            let value = row[key].as_str().unwrap();
+            assert!(!value.is_empty() && text.contains(value), "{key} of {row}");
+        }
+        assert_eq!(row["needs_bank"] == true, row["name"] == "mixer-fisher");
+        assert_eq!(
+            row["by_default"] == true,
+            ["recency", "window-error", "kl-fisher", "random", "least-recent"]
+                .contains(&row["name"].as_str().unwrap())
+        );
+        assert_eq!(row["seconds"].is_null(), row["seconds_for"].is_null());
+    }
+}
+
+#[test]
+fn criteria_of_many_passes_are_measured_when_named() {
+    let work = Work::with_text_model("llama3");
+    let line = "analyze --model llama3 --data data.npy --tokens 200 --context 100 --criteria kl,retrieval,duo,recency --needle-prompts 2 \
+                --needles 1 --needle-context 250 --duo-steps 3 --duo-window 16 --duo-sinks 2 --out heads.json";
+    work.ok(line);
+    let heads = work.json("heads.json");
+    let names: Vec<&String> = heads["layers"][0]["groups"][0]["scores"].as_object().unwrap().keys().collect();
+    assert_eq!(names, ["duo", "kl", "recency", "retrieval"]);
+    assert_eq!(heads["needle_prompts"]["prompts"], 2);
+    assert!(heads["layers"][0]["head_scores"]["retrieval"].is_array());
+    let states = |work: &Work| {
+        std::fs::read_dir(work.path("."))
+            .unwrap()
+            .filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "state"))
+            .count()
+    };
+    assert_eq!(states(&work), 0, "states go when the report is written");
+    // The same command again, from nothing: the same file.
+    work.ok(&format!("{line} --resume"));
+    assert_eq!(work.json("heads.json"), heads);
+    for (criterion, tokens) in [("kl", &heads["tokens"]), ("duo", &heads["needle_prompts"]["tokens"])] {
+        work.ok(&format!("plan --heads heads.json --criterion {criterion} --beta 0.5 --out plan.json"));
+        let plan = work.json("plan.json");
+        assert_eq!((&plan["criterion"]["name"], &plan["criterion"]["tokens"]), (&criterion.into(), tokens));
+    }
+    work.write("heads.json.kl.state", b"{}");
+    work.fails(1, &format!("{line} --resume"), &["heads.json.kl.state", "hint: remove the file"]);
+    for (code, options, needle) in [
+        (2, "--needle-context 1000", "longer than the model's 256"),
+        (1, "--needle-context 60 --needles 1", "choose a longer one"),
+        (2, "--needle-context 250 --needles 1 --needle-prompts 0", "at least one prompt"),
+        (1, "--needle-context 250 --needles 1", "see everything"),
+    ] {
+        let line = format!(
+            "analyze --model llama3 --data data.npy --tokens 64 --context 64 --criteria duo {options} --out x.json"
+        );
+        work.fails(code, &line, &[needle]);
+    }
+}
+
+#[test]
 fn a_plan_edited_by_hand_is_applied() {
     let work = Work::with_model("llama3");
     work.make_bank("llama3", "mamba2", 4);

@@ -1,6 +1,7 @@
 //! Whole sequences from position 0: the forward pass of analysis and training, and the output projection.
 
 use super::Model;
+use super::gates::{Gates, StreamingTape};
 use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
 use super::tokens::{TokenBatch, rows_of};
 use crate::error::Result;
@@ -48,13 +49,25 @@ pub(super) struct LayerTape {
     pub up: Vec<f32>,
     /// Of converted groups, all sequences of a group in a row.
     pub saved: Vec<HeadSaved>,
+    /// Of gated layers: what `out` was mixed from.
+    pub streaming: Option<StreamingTape>,
+}
+
+/// What every layer of a pass reads.
+#[derive(Clone, Copy)]
+pub(super) struct Forward<'a> {
+    pub exec: &'a Exec,
+    pub batch: &'a TokenBatch,
+    /// Whether the layers' memories are for a backward pass.
+    pub record: bool,
+    pub gates: Option<&'a Gates>,
 }
 
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     x: Vec<f32>,
     packed_out: Vec<f32>,
-    mlp: MlpScratch,
+    pub mlp: MlpScratch,
     /// Full-width queries, keys and values for observers of layers with converted groups.
     wide: [Vec<f32>; 3],
 }
@@ -72,6 +85,18 @@ impl Model {
         observer: &mut dyn LayerObserver,
         tape: Option<&mut Tape>,
     ) -> Result<Vec<f32>> {
+        self.forward_pass(exec, batch, observer, tape, None)
+    }
+
+    /// [`forward_batch`](Self::forward_batch), gated where `gates` are given.
+    pub(super) fn forward_pass(
+        &self,
+        exec: &Exec,
+        batch: &TokenBatch,
+        observer: &mut dyn LayerObserver,
+        tape: Option<&mut Tape>,
+        gates: Option<&Gates>,
+    ) -> Result<Vec<f32>> {
         self.check_tokens(batch.tokens(), 0, batch.longest())?;
         let mut own = LayerTape::default();
         let mut tape = tape;
@@ -83,29 +108,20 @@ impl Model {
         if h.is_empty() {
             return Ok(h);
         }
+        let pass = Forward { exec, batch, record: tape.is_some(), gates };
         let mut scratch = Scratch::default();
         for layer in 0..self.config.layers {
-            let (memory, record) = match tape.as_deref_mut() {
-                Some(tape) => (&mut tape.layers[layer], true),
-                None => (&mut own, false),
+            let memory = match tape.as_deref_mut() {
+                Some(tape) => &mut tape.layers[layer],
+                None => &mut own,
             };
             if self.plan.is_skipped(layer) {
-                if record {
+                if pass.record {
                     memory.input.clone_from(&h);
                 }
                 continue;
             }
-            self.attention_outputs(exec, layer, batch, &h, memory, &mut scratch, record);
-            if observer.wants(layer) {
-                self.show(layer, batch, memory, &mut scratch, observer);
-            }
-            if record {
-                memory.input.clone_from(&h);
-            }
-            self.output_projection(exec, layer, &memory.out, &mut h);
-            if record {
-                memory.mid.clone_from(&h);
-            }
+            self.attention_block(&pass, layer, &mut h, memory, &mut scratch, observer);
             self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
         }
         let mut hidden = Vec::new();
@@ -114,6 +130,31 @@ impl Model {
             tape.last = h;
         }
         Ok(hidden)
+    }
+
+    /// Adds the attention block of a layer to `h` `[rows, d_model]`.
+    pub(super) fn attention_block(
+        &self,
+        pass: &Forward<'_>,
+        layer: usize,
+        h: &mut Vec<f32>,
+        memory: &mut LayerTape,
+        scratch: &mut Scratch,
+        observer: &mut dyn LayerObserver,
+    ) {
+        let Forward { exec, batch, record, gates } = *pass;
+        self.attention_outputs(exec, layer, batch, h, memory, scratch, record);
+        memory.streaming = gates.map(|gates| self.mix_streaming(exec, layer, batch, gates, memory));
+        if observer.wants(layer) {
+            self.show(layer, batch, memory, scratch, observer);
+        }
+        if record {
+            memory.input.clone_from(h);
+        }
+        self.output_projection(exec, layer, &memory.out, h);
+        if record {
+            memory.mid.clone_from(h);
+        }
     }
 
     /// Head outputs of a layer, kept and converted groups, into `memory.out`; the block input stays in `scratch.x`.

@@ -3,16 +3,20 @@
 
 mod backward;
 mod batch;
+mod gates;
 mod layout;
 mod load;
 mod parts;
+mod suffix;
 mod tokens;
 
 pub use batch::Tape;
+pub use gates::Gates;
 pub(crate) use layout::head_layout;
 pub use layout::head_tensor_name;
 pub(crate) use load::check_checkpoint;
 pub use load::narrow;
+pub use suffix::Trace;
 pub use tokens::TokenBatch;
 
 use crate::error::{ModelError, Result};

@@ -2,7 +2,7 @@
 
 use super::fisher::fisher;
 use super::window::{WINDOW, window_delta};
-use super::{Criterion, Scores, Source};
+use super::{Cost, Criterion, Measured, Scores, Source};
 use crate::error::Result;
 use kernels::Exec;
 use model::{Model, Progress};
@@ -10,6 +10,9 @@ use model::{Model, Progress};
 pub const CRITERION: Criterion = Criterion {
     name: "kl-fisher",
     about: "minus the first-order KL per token when the group sees the last 64 tokens and the sink",
+    cost: Cost::ForwardBackward,
+    measured: Some(Measured { seconds: 16.0, of: "1,024 tokens" }),
+    reference: "this project",
     source: Source::Backward(measure),
 };
 

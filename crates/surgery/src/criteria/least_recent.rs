@@ -1,11 +1,14 @@
 //! `least-recent`: the opposite of `recency`, a control.
 
-use super::{Criterion, Scores, Source, recency};
+use super::{Cost, Criterion, Scores, Source, recency};
 use crate::HeadsReport;
 
 pub const CRITERION: Criterion = Criterion {
     name: "least-recent",
     about: "minus the recency ratio: a control that converts the heads that look farthest",
+    cost: Cost::Statistics,
+    measured: None,
+    reference: "control",
     source: Source::Stats(scores),
 };
 

@@ -1,7 +1,7 @@
 //! `mixer-fisher`: the first-order estimate of the KL divergence that each group's trained replacement causes.
 
 use super::fisher::fisher;
-use super::{Criterion, Scores, Source};
+use super::{Cost, Criterion, Scores, Source};
 use crate::HeadBank;
 use crate::base::check_model;
 use crate::error::{Result, SurgeryError};
@@ -13,6 +13,9 @@ use model::{Model, Progress};
 pub const CRITERION: Criterion = Criterion {
     name: "mixer-fisher",
     about: "minus the first-order KL per token of the trained replacement's own error; needs a head bank",
+    cost: Cost::Bank,
+    measured: None,
+    reference: "this project",
     source: Source::Bank(scores),
 };
 

@@ -1,11 +1,14 @@
 //! `recency`: the share of live attention within the last 64 tokens, the paper's criterion.
 
-use super::{Criterion, Scores, Source};
+use super::{Cost, Criterion, Scores, Source};
 use crate::HeadsReport;
 
 pub const CRITERION: Criterion = Criterion {
     name: "recency",
     about: "recency ratio of the last 64 tokens, mean over the group's heads (the paper's criterion)",
+    cost: Cost::Statistics,
+    measured: None,
+    reference: "RecurFormer, arXiv 2410.12850",
     source: Source::Stats(scores),
 };
 

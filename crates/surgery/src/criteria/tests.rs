@@ -1,4 +1,6 @@
 mod naive;
+mod passes;
+mod planted;
 
 use super::fisher::sample_softmax;
 use super::kl_fisher::window_fisher;
@@ -162,6 +164,21 @@ fn labels_follow_the_softmax() {
 
 #[test]
 fn every_criterion_has_its_own_name() {
-    assert_eq!(NAMES, ["mixer-fisher", "recency", "window-error", "kl-fisher", "random", "least-recent"]);
-    assert!(ALL.iter().all(|c| find(c.name).unwrap().about == c.about && !c.about.is_empty()));
+    assert_eq!(
+        NAMES,
+        [
+            "mixer-fisher",
+            "recency",
+            "window-error",
+            "kl-fisher",
+            "kl",
+            "retrieval",
+            "patching",
+            "duo",
+            "random",
+            "least-recent"
+        ]
+    );
+    assert!(ALL.iter().all(|c| find(c.name).unwrap().about == c.about));
+    assert!(ALL.iter().all(|c| ![c.about, c.reference, c.cost.words()].contains(&"")));
 }

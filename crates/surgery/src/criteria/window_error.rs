@@ -1,7 +1,7 @@
 //! `window-error`: what windowing a group changes in its layer's output, on the base's own inputs; forward only.
 
 use super::window::{WINDOW, window_delta};
-use super::{Criterion, ForwardCriterion, Scores, Source};
+use super::{Cost, Criterion, ForwardCriterion, Scores, Source};
 use crate::error::Result;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
 use model::observe::AttnView;
@@ -10,6 +10,9 @@ use model::{Model, ModelError};
 pub const CRITERION: Criterion = Criterion {
     name: "window-error",
     about: "minus the squared change of the layer's output per token when the group sees the last 64 tokens and the sink",
+    cost: Cost::Forward,
+    measured: None,
+    reference: "this project",
     source: Source::Forward(start),
 };
 

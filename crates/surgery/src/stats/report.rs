@@ -78,6 +78,14 @@ impl HeadsReport {
                     return Err(format!("layer {index} holds a statistic that is not finite"));
                 }
             }
+            for (name, scores) in &layer.head_scores {
+                if scores.len() != model.heads || scores.iter().any(|score| !score.is_finite()) {
+                    return Err(format!(
+                        "layer {index}: `{name}` is not a number for each of {} heads",
+                        model.heads
+                    ));
+                }
+            }
             for (group, stats) in layer.groups.iter().enumerate() {
                 if let Some((name, score)) = stats.scores.iter().find(|(_, score)| !score.is_finite()) {
                     return Err(format!("layer {index} group {group}: score `{name}` is {score}"));
@@ -85,6 +93,13 @@ impl HeadsReport {
             }
         }
         Ok(())
+    }
+
+    /// Records a criterion's numbers `[layer][head]`.
+    pub(super) fn set_head_scores(&mut self, name: &str, scores: &[Vec<f64>]) {
+        for (layer, scores) in self.layers.iter_mut().zip(scores) {
+            layer.head_scores.insert(name.to_string(), scores.clone());
+        }
     }
 
     /// Records the scores `[layer][group]` of a criterion.

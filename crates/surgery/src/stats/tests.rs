@@ -281,7 +281,7 @@ fn what_cannot_be_analysed_is_an_error() {
     assert!(message(analyze_default(&text, &["recent"])).contains("mixer-fisher, recency"));
     assert!(message(analyze_default(&text, &["mixer-fisher"])).contains("needs a head bank"));
     assert!(message(analyze_default(&[vec![1, 99]], &[])).contains("99"));
-    let options = AnalyzeOptions { criteria: vec![], seed: 0, sinks: (0..20).collect() };
+    let options = AnalyzeOptions { criteria: vec![], sinks: (0..20).collect(), ..Default::default() };
     let dense = analyze(&exec(), &model(1), &text, &options, &mut Silent);
     assert!(message(dense).contains("fewer sinks"));
 

@@ -4,6 +4,7 @@ mod heads;
 
 use super::Model;
 use super::batch::{LayerTape, Tape};
+use super::gates::Part;
 use super::layout::Run;
 use super::parts::{Block, pack};
 use super::tokens::{TokenBatch, rows_of};
@@ -13,6 +14,7 @@ use kernels::attention::{AttnMask, AttnSaved, attention_backward};
 use kernels::elementwise::{add_column_sums, rms_norm_backward, swiglu, swiglu_backward};
 use kernels::rope::Rotation;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use std::borrow::Cow;
 
 /// What every layer's backward reads.
 struct Pass<'a> {
@@ -242,7 +244,7 @@ impl Model {
         if ids.kept == 0 {
             return;
         }
-        let LayerTape { qkv, out, lse, .. } = &tape.layers[layer];
+        let LayerTape { qkv, out, lse, streaming, .. } = &tape.layers[layer];
         let (rows, groups) = (batch.rows(), self.config.kv_heads);
         let per_group = self.config.group_size() * self.config.head_dim;
         let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
@@ -258,18 +260,28 @@ impl Model {
             (packed_out.as_slice(), packed_dout.as_slice())
         };
         let [mut dq, mut dk, mut dv] = [q_width, kv_width, kv_width].map(|width| vec![0.0; rows * width]);
-        for rows in batch.ranges() {
-            let saved = AttnSaved {
-                q: rows_of(&qkv.q, rows.clone(), q_width),
-                k: rows_of(&qkv.k, rows.clone(), kv_width),
-                v: rows_of(&qkv.v, rows.clone(), kv_width),
-                out: rows_of(out, rows.clone(), q_width),
-                lse: &lse[rows.start * shape.q_heads..rows.end * shape.q_heads],
-                dout: rows_of(dout, rows.clone(), q_width),
-            };
-            let [q, kv] = [q_width, kv_width].map(|width| rows.start * width..rows.end * width);
-            let mask = AttnMask::Causal { q_pos0: 0 };
-            attention_backward(exec, shape, mask, saved, &mut dq[q], &mut dk[kv.clone()], &mut dv[kv]);
+        let parts = match streaming {
+            Some(streaming) => streaming.parts(lse, dout),
+            None => vec![Part { window: None, out, lse, dout: Cow::Borrowed(dout) }],
+        };
+        for part in &parts {
+            for rows in batch.ranges() {
+                let saved = AttnSaved {
+                    q: rows_of(&qkv.q, rows.clone(), q_width),
+                    k: rows_of(&qkv.k, rows.clone(), kv_width),
+                    v: rows_of(&qkv.v, rows.clone(), kv_width),
+                    out: rows_of(part.out, rows.clone(), q_width),
+                    lse: &part.lse[rows.start * shape.q_heads..rows.end * shape.q_heads],
+                    dout: rows_of(&part.dout, rows.clone(), q_width),
+                };
+                let [q, kv] = [q_width, kv_width].map(|width| rows.start * width..rows.end * width);
+                let kv_pos: Vec<usize> = (0..rows.len()).collect();
+                let mask = match part.window {
+                    None => AttnMask::Causal { q_pos0: 0 },
+                    Some((window, sinks)) => AttnMask::Local { q_pos0: 0, kv_pos: &kv_pos, window, sinks },
+                };
+                attention_backward(exec, shape, mask, saved, &mut dq[q], &mut dk[kv.clone()], &mut dv[kv]);
+            }
         }
         let [q_block, k_block, v_block] = self.blocks(layer);
         for (grad, width, norm, raw) in

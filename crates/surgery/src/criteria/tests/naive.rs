@@ -91,7 +91,17 @@ impl Naive {
     }
 
     /// Log-probabilities `[T, vocab]`; `hook` may change the head outputs of each layer.
-    fn forward(&self, mut hook: impl FnMut(usize, &Qkv, &mut Rows)) -> Rows {
+    fn forward(&self, hook: impl FnMut(usize, &Qkv, &mut Rows)) -> Rows {
+        let mut logits = self.linear(&self.hidden(hook), "lm_head.weight");
+        for row in &mut logits {
+            let log_z = row.iter().map(|x| x.exp()).sum::<f64>().ln();
+            row.iter_mut().for_each(|x| *x -= log_z);
+        }
+        logits
+    }
+
+    /// Final normed hidden states `[T, d_model]`.
+    fn hidden(&self, mut hook: impl FnMut(usize, &Qkv, &mut Rows)) -> Rows {
         let d_model = self.config.d_model;
         let embedding = &self.params["model.embed_tokens.weight"];
         let mut x: Rows =
@@ -118,12 +128,7 @@ impl Naive {
             }
             add(&mut x, self.linear(&gated, &name("mlp.down_proj")));
         }
-        let mut logits = self.linear(&self.norm(&x, "model.norm.weight"), "lm_head.weight");
-        for row in &mut logits {
-            let log_z = row.iter().map(|x| x.exp()).sum::<f64>().ln();
-            row.iter_mut().for_each(|x| *x -= log_z);
-        }
-        logits
+        self.norm(&x, "model.norm.weight")
     }
 
     /// Windowed minus full head outputs of every layer.
@@ -205,5 +210,77 @@ impl Naive {
             let pairs = base.iter().flatten().zip(changed.iter().flatten());
             pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>() / self.ids.len() as f64
         })
+    }
+
+    /// The retrieval score of every query head from whole attention rows, `[layer][head]`; one needle, `said` and `asked` first positions.
+    pub fn retrieval(&self, said: usize, asked: usize, len: usize) -> Scores {
+        let ModelConfig { head_dim: d, heads, .. } = self.config;
+        let mut scores = vec![vec![0.0; heads]; self.config.layers];
+        self.forward(|layer, qkv, _| {
+            for (head, sum) in scores[layer].iter_mut().enumerate() {
+                let kv = head / self.config.group_size() * d;
+                for step in 0..len {
+                    let i = asked + step - 1;
+                    let attention: Vec<f64> = (0..=i)
+                        .map(|j| (0..d).map(|c| qkv.q[i][head * d + c] * qkv.k[j][kv + c]).sum::<f64>())
+                        .collect();
+                    let top = (0..=i).max_by(|&a, &b| attention[a].total_cmp(&attention[b])).unwrap();
+                    if top >= said && top < said + len && self.ids[top] == self.ids[i + 1] {
+                        *sum += 1.0 / len as f64;
+                    }
+                }
+            }
+        });
+        scores
+    }
+
+    /// Mean log-probability of `answers` (positions in the prompt), each given everything before it.
+    fn metric(&self, log_p: &Rows, answers: &[usize]) -> f64 {
+        answers.iter().map(|&at| log_p[at - 1][self.ids[at]]).sum::<f64>() / answers.len() as f64
+    }
+
+    /// The indirect effect of every group, whole passes; `other`: the same prompt with another needle.
+    pub fn indirect_effects(&self, other: &Self, answers: &[usize]) -> Scores {
+        let mut outputs = Vec::new();
+        let corrupted = other.forward(|_, _, out| outputs.push(out.clone()));
+        let known = self.metric(&self.forward(|_, _, _| {}), answers);
+        let gap = known - self.metric(&corrupted, answers);
+        self.by_group(|layer, columns| {
+            let patched = self.forward(|at, _, out| {
+                if at == layer {
+                    for (out, other) in out.iter_mut().zip(&outputs[layer]) {
+                        columns.clone().for_each(|c| out[c] = other[c]);
+                    }
+                }
+            });
+            (known - self.metric(&patched, answers)) / gap
+        })
+    }
+
+    /// Mean squared distance of the hidden states that generate `answers` between this model and the one mixed by `alpha`, plus `l1` times the
+    /// mean gate.
+    pub fn duo_loss(
+        &self,
+        alpha: &Scores,
+        (window, sinks): (usize, usize),
+        l1: f64,
+        answers: &[usize],
+    ) -> f64 {
+        let full = self.hidden(|_, _, _| {});
+        let width = self.config.group_size() * self.config.head_dim;
+        let mixed = self.hidden(|layer, qkv, out| {
+            let streaming = self.attention(qkv, |i, j| i - j < window || j < sinks);
+            for (out, streaming) in out.iter_mut().zip(&streaming) {
+                for (c, (out, streaming)) in out.iter_mut().zip(streaming).enumerate() {
+                    let alpha = alpha[layer][c / width];
+                    *out = alpha * *out + (1.0 - alpha) * streaming;
+                }
+            }
+        });
+        let squares = answers.iter().flat_map(|&at| full[at - 1].iter().zip(&mixed[at - 1]));
+        let sum: f64 = squares.map(|(a, b)| (a - b) * (a - b)).sum();
+        let gates: Vec<f64> = alpha.iter().flatten().copied().collect();
+        sum / (answers.len() * self.config.d_model) as f64
+            + l1 * gates.iter().sum::<f64>() / gates.len() as f64
     }
 }
