@@ -14,6 +14,14 @@ pub enum Purpose {
     HashHop = 3,
     /// RULER prompts to test with.
     Ruler = 4,
+    /// Random tokens that come back, to test with.
+    Induction = 5,
+    /// MQAR sequences to train on.
+    MqarTrain = 6,
+    /// MQAR sequences that say when training is done.
+    MqarCheck = 7,
+    /// MQAR sequences to test with.
+    MqarTest = 8,
 }
 
 /// The stream of number `index` (below 2^56).
