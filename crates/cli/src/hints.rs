@@ -36,7 +36,10 @@ fn of_eval(error: &EvalError) -> Option<&'static str> {
         EvalError::Weights(error) => of_weights(error),
         EvalError::Train(error) => of_train(error),
         EvalError::Argument(_) => Some(OPTIONS),
-        EvalError::Mismatch { .. } | EvalError::File { .. } | EvalError::Interrupted => None,
+        EvalError::Mismatch { .. }
+        | EvalError::File { .. }
+        | EvalError::NonFinite
+        | EvalError::Interrupted => None,
     }
 }
 

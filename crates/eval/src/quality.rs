@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// Rows of logits formed at a time, so that `[seq, vocab]` never exists whole.
-const ROWS: usize = 256;
+pub(crate) const ROWS: usize = 256;
 
 /// Scores of one model on one file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -144,7 +144,8 @@ impl Sums {
     }
 }
 
-fn argmax(row: &[f32]) -> usize {
+/// The first of the largest values.
+pub(crate) fn argmax(row: &[f32]) -> usize {
     row.iter()
         .enumerate()
         .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best })
