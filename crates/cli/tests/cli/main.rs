@@ -5,6 +5,7 @@ mod common;
 mod elastic;
 mod errors;
 mod export;
+mod likelihood;
 mod logits;
 mod pipeline;
 mod quickstart;
