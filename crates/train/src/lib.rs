@@ -1,4 +1,4 @@
-//! Training: data pipeline, optimizer, alignment of head banks, healing of hybrids, resumable checkpoints.
+//! Training: data pipeline, optimizer, alignment of head banks, healing of hybrids, small models from scratch, resumable checkpoints.
 //! Uses models and banks; knows nothing of terminals or reports.
 #![forbid(unsafe_code)]
 
@@ -7,7 +7,9 @@ pub mod bench;
 pub mod data;
 pub mod error;
 pub mod heal;
+pub mod mqar;
 mod optim;
+pub mod scratch;
 mod state;
 mod teacher;
 #[cfg(test)]
