@@ -7,6 +7,7 @@ mod errors;
 mod export;
 mod likelihood;
 mod logits;
+mod mqar;
 mod pipeline;
 mod quickstart;
 #[cfg(unix)]
