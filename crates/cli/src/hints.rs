@@ -37,7 +37,10 @@ fn of_eval(error: &EvalError) -> Option<&'static str> {
         EvalError::Train(error) => of_train(error),
         EvalError::Surgery(error) => of_surgery(error),
         EvalError::Argument(_) => Some(OPTIONS),
-        EvalError::Mismatch { .. } | EvalError::File { .. } | EvalError::Interrupted => None,
+        EvalError::Mismatch { .. }
+        | EvalError::File { .. }
+        | EvalError::NonFinite
+        | EvalError::Interrupted => None,
     }
 }
 

@@ -37,6 +37,7 @@ enum Command {
     Eval(commands::eval::Args),
     Bench(commands::bench::Args),
     BenchTrain(commands::bench_train::Args),
+    TrainMqar(commands::train_mqar::Args),
     Doctor(commands::doctor::Args),
 }
 
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => commands::eval::run(&args, &mut ui),
         Command::Bench(args) => commands::bench::run(&args, &mut ui),
         Command::BenchTrain(args) => commands::bench_train::run(&args, &mut ui),
+        Command::TrainMqar(args) => commands::train_mqar::run(&args, &mut ui),
         Command::Doctor(args) => commands::doctor::run(&args, &mut ui),
     };
     ui.clear();

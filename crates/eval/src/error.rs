@@ -17,7 +17,7 @@ pub enum EvalError {
     /// A data file failed.
     #[error(transparent)]
     Train(#[from] train::TrainError),
-    /// A results file cannot be read or written.
+    /// A results file cannot be read or written, or a line of a test holds no question.
     #[error("{path}: {reason}")]
     File {
         /// The file.
@@ -35,6 +35,11 @@ pub enum EvalError {
         /// Vocabulary of the other.
         found: usize,
     },
+    /// A model gives no number where a log-likelihood is wanted.
+    #[error(
+        "the model's logits are not finite\nhint: the checkpoint is damaged or its training diverged; with --weights f32 nothing is rounded"
+    )]
+    NonFinite,
     /// An argument cannot be met.
     #[error("{0}")]
     Argument(String),

@@ -4,9 +4,13 @@
 
 pub mod answers;
 pub mod bench;
+pub mod choice;
 pub mod compare;
 pub mod error;
 pub mod hashhop;
+pub mod induction;
+pub mod lastword;
+pub mod likelihood;
 pub mod passkey;
 pub mod quality;
 pub mod report;

@@ -152,7 +152,8 @@ impl Sums {
     }
 }
 
-fn argmax(row: &[f32]) -> usize {
+/// The first of the largest values.
+pub(crate) fn argmax(row: &[f32]) -> usize {
     row.iter()
         .enumerate()
         .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best })

@@ -16,6 +16,14 @@ pub enum Purpose {
     Ruler = 4,
     /// Probes to choose heads with.
     Probe = 5,
+    /// MQAR sequences to train on.
+    MqarTrain = 6,
+    /// MQAR sequences that say when training is done.
+    MqarCheck = 7,
+    /// MQAR sequences to test with.
+    MqarTest = 8,
+    /// Random tokens that come back, to test with.
+    Induction = 9,
 }
 
 /// The stream of number `index` (below 2^56).

@@ -1,10 +1,13 @@
-//! Generated long-range tasks, sized in tokens of a model's tokenizer: prompts with answers to test with, documents to train on.
+//! Generated long-range tasks, sized in tokens of a model's tokenizer: prompts with answers to test with, documents to train on,
+//! labelled sequences.
 //! Knows text and tokenizers; knows nothing of models or scores.
 #![forbid(unsafe_code)]
 
 mod draw;
 pub mod error;
 pub mod hashhop;
+pub mod induction;
+pub mod mqar;
 pub mod passkey;
 pub mod probe;
 mod retrieval;

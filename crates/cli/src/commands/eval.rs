@@ -1,6 +1,9 @@
-//! `eval`: perplexity, divergence from a base, long-range tasks.
+//! `eval`: perplexity, divergence from a base, choices and last words, long-range tasks.
 
 mod compare;
+mod induction;
+mod likelihood;
+mod pair;
 mod tasks;
 
 use crate::common::{
@@ -27,6 +30,9 @@ use train::data::Split;
 ///   recurformer eval hashhop --model healed --base smollm2-135m --hops 1,2 --contexts 512,1024
 ///   recurformer eval ruler --model healed --base smollm2-135m --tasks niah_single,niah_multikey --contexts 1024
 ///   recurformer eval compare --model smollm2-135m --heads heads.json --data english-mixed --out compare.jsonl
+///   recurformer eval choice --model healed --base smollm2-135m --data arc_easy.jsonl
+///   recurformer eval lastword --model healed --base smollm2-135m --data lambada.jsonl
+///   recurformer eval induction --model healed --base smollm2-135m --distances 32,128,512
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -45,6 +51,10 @@ enum What {
     HashHop(tasks::HashHopArgs),
     Ruler(tasks::RulerArgs),
     Compare(compare::CompareArgs),
+    Choice(likelihood::ChoiceArgs),
+    #[command(name = "lastword")]
+    LastWord(likelihood::LastWordArgs),
+    Induction(induction::InductionArgs),
 }
 
 #[derive(clap::Args)]
@@ -89,6 +99,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         What::HashHop(args) => tasks::run_hashhop(args, ui),
         What::Ruler(args) => tasks::run_ruler(args, ui),
         What::Compare(args) => compare::run(args, ui),
+        What::Choice(args) => likelihood::run_choice(args, ui),
+        What::LastWord(args) => likelihood::run_lastword(args, ui),
+        What::Induction(args) => induction::run_induction(args, ui),
     }
 }
 

@@ -4,10 +4,11 @@
 use super::Document;
 use super::npy::read_npy;
 use super::parquet_file::read_parquet;
-use super::text::{read_jsonl, read_text};
+use super::text::{read_jsonl, read_text, read_values};
 use crate::error::{Result, TrainError};
 use kernels::Exec;
 use model::Progress;
+use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -122,6 +123,16 @@ pub(super) fn read_with(
         true => Err(fail(path, "holds no text".into())),
         false => Ok(documents),
     }
+}
+
+/// All values of a file of JSON lines (`.gz` and `.zst` are unpacked), each with the number of its line, from 1. Blank lines are left out.
+/// `expected` says in errors what a line should hold.
+///
+/// # Errors
+/// [`TrainError::File`]: unreadable or corrupt packing, invalid UTF-8 (with its byte offset), or a line that is no `T` (with its number).
+pub fn read_json_lines<T: DeserializeOwned>(path: &Path, expected: &str) -> Result<Vec<(u64, T)>> {
+    let file = File::open(path).map_err(|e| fail(path, e.to_string()))?;
+    read_values(path, unpacked(path, file, classify(path).1)?, expected)
 }
 
 fn unpacked(path: &Path, file: File, packing: Packing) -> Result<Box<dyn Read>> {

@@ -17,7 +17,7 @@ mod text;
 mod tests;
 
 pub use english::{BuiltIn, built_in};
-pub use file::read_file;
+pub use file::{read_file, read_json_lines};
 pub use generated::generated;
 pub use heldout::split_pair;
 pub use sampled::self_sampled;

@@ -2,6 +2,7 @@
 
 use super::file::{Chunk, Emit, PIECE_BYTES, Piece, fail};
 use crate::error::Result;
+use serde::de::DeserializeOwned;
 use std::io::Read;
 use std::path::Path;
 
@@ -94,12 +95,12 @@ pub(super) fn cut_point(text: &str) -> usize {
         .map_or(bytes.len(), |i| i + 1)
 }
 
-/// A document per line.
-pub(super) fn read_jsonl(path: &Path, input: Box<dyn Read>, emit: &mut Emit<'_>) -> Result<()> {
-    #[derive(serde::Deserialize)]
-    struct Line {
-        text: String,
-    }
+/// Hands on blocks of whole lines, each with the number of lines before it, until `take` wants no more.
+fn line_blocks(
+    path: &Path,
+    input: Box<dyn Read>,
+    take: &mut dyn FnMut(&str, u64) -> Result<bool>,
+) -> Result<()> {
     let mut window = Window::new(path, input);
     let (mut number, mut want) = (0_u64, PIECE_BYTES);
     loop {
@@ -117,12 +118,24 @@ pub(super) fn read_jsonl(path: &Path, input: Box<dyn Read>, emit: &mut Emit<'_>)
             }
         };
         want = PIECE_BYTES;
-        let mut chunk = Chunk { pieces: Vec::new(), bytes: len as u64 };
-        for line in text[..len].lines() {
-            number += 1;
-            if line.trim().is_empty() {
-                continue;
-            }
+        let more = take(&text[..len], number)?;
+        number += text[..len].lines().count() as u64;
+        window.consume(len);
+        if !more || (window.ended && window.bytes.is_empty()) {
+            return Ok(());
+        }
+    }
+}
+
+/// A document per line.
+pub(super) fn read_jsonl(path: &Path, input: Box<dyn Read>, emit: &mut Emit<'_>) -> Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        text: String,
+    }
+    line_blocks(path, input, &mut |block, before| {
+        let mut chunk = Chunk { pieces: Vec::new(), bytes: block.len() as u64 };
+        for (line, number) in block.lines().zip(before + 1..).filter(|(line, _)| !line.trim().is_empty()) {
             match serde_json::from_str(line) {
                 Ok(Line { text }) => chunk.pieces.push(Piece { text, ends: true }),
                 Err(e) => {
@@ -133,9 +146,24 @@ pub(super) fn read_jsonl(path: &Path, input: Box<dyn Read>, emit: &mut Emit<'_>)
                 }
             }
         }
-        window.consume(len);
-        if !emit(chunk) || (window.ended && window.bytes.is_empty()) {
-            return Ok(());
+        Ok(emit(chunk))
+    })
+}
+
+/// A value per line, with the number of its line.
+pub(super) fn read_values<T: DeserializeOwned>(
+    path: &Path,
+    input: Box<dyn Read>,
+    expected: &str,
+) -> Result<Vec<(u64, T)>> {
+    let mut values = Vec::new();
+    line_blocks(path, input, &mut |block, before| {
+        for (line, number) in block.lines().zip(before + 1..).filter(|(line, _)| !line.trim().is_empty()) {
+            let value = serde_json::from_str(line)
+                .map_err(|e| fail(path, format!("line {number}: expected {expected}: {e}")))?;
+            values.push((number, value));
         }
-    }
+        Ok(true)
+    })?;
+    Ok(values)
 }

@@ -1,13 +1,14 @@
 //! `eval passkey`, `eval hashhop`, `eval ruler`: generated tasks, model and base in one run.
 
-use crate::common::{EngineArgs, ExecArgs, Running, check_context, print_json, run_engine};
+use super::pair::PairArgs;
+use crate::common::check_context;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::hashhop::{HashHopTest, hashhop};
 use eval::passkey::{PasskeyOptions, passkey};
 use eval::ruler::{RulerTest, ruler};
 use kernels::Exec;
-use model::{Engine, EngineOptions};
+use model::Engine;
 use serde::Serialize;
 use serde_json::json;
 use tasks::hashhop::Answering;
@@ -17,25 +18,14 @@ use weights::Tokenizer;
 /// Which models, at which contexts.
 #[derive(clap::Args)]
 struct ModelArgs {
-    /// Folder, GGUF file, hub id or built-in name.
-    #[arg(long)]
-    model: String,
-    /// A model to compare with.
-    #[arg(long)]
-    base: Option<String>,
+    #[command(flatten)]
+    pair: PairArgs,
     /// Context lengths in tokens, prompt and answer together, comma-separated.
     #[arg(long, visible_alias = "context", value_delimiter = ',', default_value = "512,1024,2048")]
     contexts: Vec<usize>,
     /// Seed of what is drawn.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    engine: EngineArgs,
-    #[command(flatten)]
-    exec: ExecArgs,
 }
 
 /// A number hidden in noise, asked for at the end.
@@ -111,31 +101,17 @@ impl ModelArgs {
         ui: &mut Ui,
         mut run: impl FnMut(&Exec, &Engine, &Tokenizer, &mut Ui) -> eval::Result<T>,
     ) -> Result<(T, Option<T>)> {
-        let (exec, defaults) = (self.exec.exec()?, EngineOptions::EXACT);
-        let mut measured = |running: Running, ui: &mut Ui| -> Result<T> {
+        self.pair.measure(ui, |exec, running, ui| {
             for &context in &self.contexts {
                 check_context(&running.engine.config, context)?;
             }
-            Ok(run(&exec, &running.engine, &running.tokenizer()?, ui)?)
-        };
-        let result = measured(self.engine.run(&self.model, defaults, &exec, ui)?, ui)?;
-        let base = match &self.base {
-            Some(name) => Some(measured(run_engine(name, self.engine.options(defaults), &exec, ui)?, ui)?),
-            None => None,
-        };
-        Ok((result, base))
+            Ok(run(exec, &running.engine, &running.tokenizer()?, ui)?)
+        })
     }
 
     /// Prints results as JSON when asked to; says whether it did.
     fn printed(&self, results: &impl Serialize, base: Option<&impl Serialize>) -> Result<bool> {
-        if self.json {
-            let mut value = json!({"results": results, "seed": self.seed});
-            if let Some(base) = base {
-                value["base"] = json!({"results": base});
-            }
-            print_json(&value)?;
-        }
-        Ok(self.json)
+        self.pair.printed(results, base, json!({"seed": self.seed}))
     }
 }
 
