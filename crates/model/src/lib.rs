@@ -17,7 +17,9 @@ pub mod sampler;
 pub use cache::Cache;
 pub use engine::{Engine, EngineOptions, LogitRows};
 pub use error::{ModelError, Result};
-pub use model::{Model, ResolvedPlan, Tape, TokenBatch, head_tensor_name, narrow};
+pub use model::{
+    Cut, CutPart, Intervention, Model, ResolvedPlan, Tape, TokenBatch, head_tensor_name, narrow,
+};
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};
 pub use plan::{GroupMixer, HeadPlan, MixerSpec, RecurrentKind};

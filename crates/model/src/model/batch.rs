@@ -1,6 +1,7 @@
 //! Whole sequences from position 0: the forward pass of analysis and training, and the output projection.
 
 use super::Model;
+use super::intervene::Edits;
 use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
 use super::tokens::{TokenBatch, rows_of};
 use crate::error::Result;
@@ -59,6 +60,18 @@ impl Model {
         observer: &mut dyn LayerObserver,
         tape: Option<&mut Tape>,
     ) -> Result<Vec<f32>> {
+        self.forward_rows(exec, batch, observer, tape, None)
+    }
+
+    /// [`forward_batch`](Self::forward_batch), of one sequence possibly with changes.
+    pub(super) fn forward_rows(
+        &self,
+        exec: &Exec,
+        batch: &TokenBatch,
+        observer: &mut dyn LayerObserver,
+        tape: Option<&mut Tape>,
+        edits: Option<&Edits<'_>>,
+    ) -> Result<Vec<f32>> {
         self.check_tokens(batch.tokens(), 0, batch.longest())?;
         let mut own = LayerTape::default();
         let mut tape = tape;
@@ -76,7 +89,7 @@ impl Model {
                 Some(tape) => (&mut tape.layers[layer], true),
                 None => (&mut own, false),
             };
-            self.attention_outputs(exec, layer, batch, &h, memory, &mut scratch, record);
+            self.attention_outputs(exec, layer, batch, &h, memory, &mut scratch, record, edits);
             if observer.wants(layer) {
                 self.show(layer, batch, memory, &mut scratch, observer);
             }
@@ -88,6 +101,9 @@ impl Model {
                 memory.mid.clone_from(&h);
             }
             self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+            for (sequence, rows) in batch.ranges().enumerate() {
+                observer.residual(layer, sequence, rows_of(&h, rows, self.config.d_model));
+            }
         }
         let mut hidden = Vec::new();
         self.norm(exec, &h, self.layout.norm, &mut hidden);
@@ -108,6 +124,7 @@ impl Model {
         memory: &mut LayerTape,
         scratch: &mut Scratch,
         record: bool,
+        edits: Option<&Edits<'_>>,
     ) {
         let ids = &self.layout.layers[layer];
         let (groups, rows) = (self.config.kv_heads, batch.rows());
@@ -116,7 +133,7 @@ impl Model {
         let LayerTape { qkv, out, lse, saved, .. } = memory;
         self.norm(exec, h, ids.input_norm, x);
         out.resize(rows * groups * per_group, 0.0);
-        self.project(exec, layer, x, batch, qkv);
+        self.project(exec, layer, x, batch, edits.and_then(|edits| edits.turn.as_ref()), qkv);
         if ids.kept > 0 {
             let shape = self.attn_shape(ids.kept);
             let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
@@ -139,6 +156,9 @@ impl Model {
             if !all_kept {
                 unpack(packed_out, out, &ids.runs, per_group, groups);
             }
+        }
+        if let Some(edits) = edits {
+            self.edit_outputs(exec, layer, edits, qkv, out);
         }
         saved.clear();
         self.converted_outputs(exec, layer, batch, x, out, record.then_some(saved));

@@ -3,12 +3,14 @@
 
 mod backward;
 mod batch;
+mod intervene;
 mod layout;
 mod load;
 mod parts;
 mod tokens;
 
 pub use batch::Tape;
+pub use intervene::{Cut, CutPart, Intervention};
 pub(crate) use layout::head_layout;
 pub use layout::head_tensor_name;
 pub(crate) use load::check_checkpoint;
