@@ -6,7 +6,7 @@ use anyhow::Result;
 use eval::report::{Report, number};
 use std::path::PathBuf;
 use surgery::criteria;
-use surgery::stats::{AnalyzeOptions, analyze};
+use surgery::stats::{AnalyzeOptions, SinkChoice, analyze};
 use train::data::Split;
 
 /// Measure every attention head: where it looks, and what replacing it would cost.
@@ -14,6 +14,7 @@ use train::data::Split;
 /// Examples:
 ///   recurformer analyze --model smollm2-135m --data english-small --tokens 8192 --out heads.json --html heads.html
 ///   recurformer analyze --model smollm2-135m --data english-mixed retrieval --tokens 16384 --out heads.json
+///   recurformer analyze --model smollm2-135m --data english-small --sinks found --out heads.json
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -36,6 +37,10 @@ pub struct Args {
         default_values = without_bank()
     )]
     criteria: Vec<String>,
+    /// Positions left out of the live statistics (recency ratios, distances): the first one, or in each head and sequence those found to
+    /// absorb attention with a small value. Windows of criteria and plans keep the first positions either way.
+    #[arg(long, value_enum, default_value_t = SinksArg::First)]
+    sinks: SinksArg,
     /// Seed of the sequence order and of the drawn criteria.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -47,6 +52,15 @@ pub struct Args {
     html: Option<PathBuf>,
     #[command(flatten)]
     exec: ExecArgs,
+}
+
+/// `--sinks`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum SinksArg {
+    /// The first position.
+    First,
+    /// What `sinks` finds, in each head and sequence.
+    Found,
 }
 
 /// Names of the criteria that are measured on the base model alone.
@@ -63,8 +77,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     check_context(&loaded.model.config, args.context)?;
     let documents = documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?;
     let sequences = sequences(&documents, args.context, args.tokens, args.seed)?;
-    let options =
-        AnalyzeOptions { criteria: args.criteria.clone(), seed: args.seed, ..AnalyzeOptions::default() };
+    let sinks = match args.sinks {
+        SinksArg::First => SinkChoice::At(vec![0]),
+        SinksArg::Found => SinkChoice::Found,
+    };
+    let options = AnalyzeOptions { criteria: args.criteria.clone(), seed: args.seed, sinks };
     let heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
     heads.write(&args.out)?;
     if let Some(path) = &args.html {
@@ -88,6 +105,14 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         above(0.7),
         above(0.9)
     );
+    if matches!(args.sinks, SinksArg::Found) {
+        let sinks = &heads.found_sinks;
+        let later = sinks.iter().filter(|sink| sink.position > 0).count();
+        println!(
+            "sinks left out: {} over all heads and sequences, {later} of them not at the first position",
+            sinks.len()
+        );
+    }
     println!("wrote {}", args.out.display());
     Ok(())
 }

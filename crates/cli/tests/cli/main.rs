@@ -10,5 +10,6 @@ mod pipeline;
 mod quickstart;
 #[cfg(unix)]
 mod resume;
+mod sinks;
 mod sources;
 mod text;
