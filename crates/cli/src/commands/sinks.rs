@@ -206,15 +206,9 @@ fn print_activations(report: &SinksReport) {
         .iter()
         .flat_map(|layer| layer.dimensions.iter().filter(|d| d.massive).map(|d| (layer.layer, d)))
         .collect();
-    println!(
-        "\nmassive activations ({} of {} layers):",
-        {
-            let mut layers: Vec<usize> = massive.iter().map(|(layer, _)| *layer).collect();
-            layers.dedup();
-            layers.len()
-        },
-        report.activations.len()
-    );
+    let mut layers: Vec<usize> = massive.iter().map(|(layer, _)| *layer).collect();
+    layers.dedup();
+    println!("\nmassive activations (in {} of {} layers):", layers.len(), report.activations.len());
     for (layer, dimension) in &massive {
         let mut positions: Vec<usize> = dimension.places.iter().map(|(_, position)| *position).collect();
         positions.sort_unstable();
