@@ -86,9 +86,12 @@ fn sink(position: usize, instances: &[&Instance], heads: usize, rng: &mut ChaCha
     }
 }
 
+/// An instance, which of its heads, and what was measured there.
+type Place<'a> = (&'a Instance, usize, &'a Absorbing);
+
 /// The heads of a sink; `gives_nothing`: what the cuts said, if they were made.
 fn by_head(position: usize, instances: &[&Instance], gives_nothing: Option<bool>) -> Vec<HeadSink> {
-    let mut places: BTreeMap<(usize, usize), Vec<(&Instance, usize, &Absorbing)>> = BTreeMap::new();
+    let mut places: BTreeMap<(usize, usize), Vec<Place<'_>>> = BTreeMap::new();
     for instance in instances {
         for (slot, (layer, head, absorbing)) in instance.places.iter().enumerate() {
             places.entry((*layer, *head)).or_default().push((instance, slot, absorbing));
@@ -99,7 +102,7 @@ fn by_head(position: usize, instances: &[&Instance], gives_nothing: Option<bool>
         .map(|((layer, head), found)| {
             // Strength of the donors over that of the sink, in this head alone.
             let tau = |kind: &str| {
-                let runs = |(instance, slot, absorbing): &(&Instance, usize, &Absorbing)| {
+                let runs = |(instance, slot, absorbing): &Place<'_>| {
                     let (slot, before) = (*slot, absorbing.strength);
                     let runs = instance.tests.as_ref().and_then(|tests| tests.runs.get(kind));
                     let ratio = move |run: &Takeover| run.strengths[slot] / before.max(1e-30);
