@@ -59,6 +59,9 @@ pub enum ModelError {
     /// An operation on the cache that a recurrent state cannot do, or a cache of another model.
     #[error("cache: {0}")]
     Cache(String),
+    /// Changes to a pass that cannot be made.
+    #[error("intervention: {0}")]
+    Intervention(String),
     /// Sampling parameters out of range.
     #[error("sampler: {0}")]
     Sampler(String),

@@ -17,7 +17,9 @@ pub mod sampler;
 pub use cache::Cache;
 pub use engine::{Engine, EngineOptions, LogitRows};
 pub use error::{ModelError, Result};
-pub use model::{Gates, Model, ResolvedPlan, Tape, TokenBatch, Trace, head_tensor_name, narrow};
+pub use model::{
+    Cut, CutPart, Gates, Intervention, Model, ResolvedPlan, Tape, TokenBatch, Trace, head_tensor_name, narrow,
+};
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};
 pub use plan::{Dropped, GroupMixer, HeadPlan, MixerSpec, RecurrentKind};

@@ -20,7 +20,7 @@ pub struct AttnView<'a> {
     pub out: MatRef<'a>,
 }
 
-/// Called once per layer and sequence during a forward pass.
+/// Called during a forward pass, per layer and sequence.
 pub trait LayerObserver {
     /// Sees the attention block of one layer.
     fn attention(&mut self, view: AttnView<'_>);
@@ -29,6 +29,10 @@ pub trait LayerObserver {
     fn wants(&self, layer: usize) -> bool {
         let _ = layer;
         true
+    }
+    /// Sees the residual stream `[seq, d_model]` that one layer leaves to the next, of every layer (default: looks away).
+    fn residual(&mut self, layer: usize, sequence: usize, h: MatRef<'_>) {
+        let _ = (layer, sequence, h);
     }
 }
 

@@ -9,6 +9,7 @@ pub mod criteria;
 pub mod error;
 mod exp;
 pub mod select;
+pub mod sinks;
 pub mod stats;
 #[cfg(test)]
 mod testing;

@@ -8,6 +8,7 @@ mod tests;
 
 use crate::criteria::{self, Criterion, DuoOptions, ForwardCriterion, Inputs, NeedlePrompt, Source, States};
 use crate::error::{Result, SurgeryError};
+use crate::sinks::{self, MAX_VALUE_RATIO};
 use accumulate::HeadAccumulator;
 use kernels::Exec;
 use kernels::elementwise::dot;
@@ -99,8 +100,11 @@ pub struct HeadsReport {
     pub tokens: usize,
     /// Tokens per sequence (of the longest).
     pub context: usize,
-    /// Sink positions left out of the live statistics.
+    /// Sink positions left out of the live statistics of every head and sequence.
     pub sinks: Vec<usize>,
+    /// Sinks left out of single heads and sequences, when they were looked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub found_sinks: Vec<FoundSink>,
     /// SHA-256 of the token ids (little-endian u32).
     pub data_sha256: String,
     /// Seed of the seeded criteria.
@@ -112,6 +116,29 @@ pub struct HeadsReport {
     pub layers: Vec<LayerHeads>,
 }
 
+/// A sink that was found in one head of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundSink {
+    /// Layer.
+    pub layer: usize,
+    /// Query head.
+    pub head: usize,
+    /// Sequence.
+    pub sequence: usize,
+    /// Position in it.
+    pub position: usize,
+}
+
+/// Which positions are left out of the live statistics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SinkChoice {
+    /// These, in every head and sequence.
+    At(Vec<usize>),
+    /// In each head and sequence those that absorb there ([`sinks::find`]) with a value of at most [`MAX_VALUE_RATIO`] of the median norm; in
+    /// sequences too short to look for sinks ([`sinks::MIN_TOKENS`]) the first.
+    Found,
+}
+
 /// What [`analyze`] computes.
 #[derive(Clone, Debug)]
 pub struct AnalyzeOptions {
@@ -119,14 +146,14 @@ pub struct AnalyzeOptions {
     pub criteria: Vec<String>,
     /// Seed of `random`, of label sampling in `kl-fisher`, and of the prompts' order in `duo`.
     pub seed: u64,
-    /// Sink positions, left out of the live statistics.
-    pub sinks: Vec<usize>,
     /// What the criteria about retrieval are measured on.
     pub prompts: Vec<NeedlePrompt>,
     /// How `duo` learns.
     pub duo: DuoOptions,
     /// Where criteria of many passes keep what they have; the caller removes it when the report is written. `None`: nowhere.
     pub states: Option<States>,
+    /// Sinks, left out of the live statistics.
+    pub sinks: SinkChoice,
 }
 
 impl Default for AnalyzeOptions {
@@ -136,7 +163,7 @@ impl Default for AnalyzeOptions {
         Self {
             criteria: criteria.collect(),
             seed: 0,
-            sinks: vec![0],
+            sinks: SinkChoice::At(vec![0]),
             prompts: Vec::new(),
             duo: DuoOptions::default(),
             states: None,
@@ -160,9 +187,15 @@ pub fn analyze(
     let requested = requested_criteria(options)?;
     check_sequences(model, sequences)?;
     let config = &model.config;
-    let mut sinks = options.sinks.clone();
-    sinks.sort_unstable();
-    sinks.dedup();
+    let sinks = match &options.sinks {
+        SinkChoice::At(positions) => {
+            let mut positions = positions.clone();
+            positions.sort_unstable();
+            positions.dedup();
+            positions
+        }
+        SinkChoice::Found => Vec::new(),
+    };
     let tokens: usize = sequences.iter().map(Vec::len).sum();
     let context = sequences.iter().map(Vec::len).max().unwrap_or(0);
 
@@ -177,15 +210,26 @@ pub fn analyze(
         scale: 1.0 / (config.head_dim as f32).sqrt(),
         group_size: config.group_size(),
         head_dim: config.head_dim,
-        sinks: &sinks,
+        sinks: vec![vec![sinks.clone(); config.heads]; config.layers],
         heads: vec![vec![HeadAccumulator::new(context); config.heads]; config.layers],
         forward,
     };
     let (mut tape, mut similarity) = (Tape::default(), vec![0.0; config.layers]);
     progress.start("analyze", tokens as u64, "tokens");
-    for sequence in sequences {
+    let mut found_sinks = Vec::new();
+    for (index, sequence) in sequences.iter().enumerate() {
         if progress.cancelled() {
             return Err(SurgeryError::Interrupted);
+        }
+        if options.sinks == SinkChoice::Found {
+            let found = find_sinks(exec, model, sequence, index)?;
+            for heads in &mut observer.sinks {
+                heads.iter_mut().for_each(Vec::clear);
+            }
+            for sink in &found {
+                observer.sinks[sink.layer][sink.head].push(sink.position);
+            }
+            found_sinks.extend(found);
         }
         model.forward_batch(exec, &TokenBatch::one(sequence), &mut observer, Some(&mut tape))?;
         for (layer, sum) in similarity.iter_mut().enumerate() {
@@ -194,7 +238,9 @@ pub fn analyze(
         progress.advance(sequence.len() as u64, "");
     }
     progress.finish();
-    check_windows(&observer.heads[0][0], sequences)?;
+    for head in observer.heads.iter().flatten() {
+        check_windows(head, sequences)?;
+    }
 
     let mut report = HeadsReport {
         version: report::VERSION,
@@ -202,7 +248,8 @@ pub fn analyze(
         config: config.clone(),
         tokens,
         context,
-        sinks: sinks.clone(),
+        sinks,
+        found_sinks,
         data_sha256: tokens_sha256(sequences),
         seed: options.seed,
         needle_prompts: requested.iter().any(|c| c.source.needs_prompts()).then(|| PromptsInfo {
@@ -267,12 +314,30 @@ fn requested_criteria(options: &AnalyzeOptions) -> Result<Vec<&'static Criterion
     Ok(requested)
 }
 
-/// Refuses sinks so dense that a window shorter than the text has no query to count (all heads count the same queries).
+/// The sinks of every head in sequence `index`, positions ascending in each head.
+fn find_sinks(exec: &Exec, model: &Model, sequence: &[u32], index: usize) -> Result<Vec<FoundSink>> {
+    let config = &model.config;
+    let place = |layer, head, position| FoundSink { layer, head, sequence: index, position };
+    if sequence.len() < sinks::MIN_TOKENS {
+        let heads = (0..config.layers).flat_map(|layer| (0..config.heads).map(move |head| (layer, head)));
+        return Ok(heads.map(|(layer, head)| place(layer, head, 0)).collect());
+    }
+    let mut places = Vec::new();
+    for (layer, heads) in sinks::find(exec, model, sequence, None)?.heads.iter().enumerate() {
+        for (head, found) in heads.iter().enumerate() {
+            let sinks = found.iter().filter(|absorbing| absorbing.value_ratio <= MAX_VALUE_RATIO);
+            places.extend(sinks.map(|absorbing| place(layer, head, absorbing.position)));
+        }
+    }
+    Ok(places)
+}
+
+/// Refuses sinks so dense that a window shorter than the text has no query to count in this head.
 fn check_windows(head: &HeadAccumulator, sequences: &[Vec<u32>]) -> Result<()> {
     for (window, queries) in accumulate::WINDOWS.into_iter().zip(head.ratio_queries()) {
         if queries == 0 && sequences.iter().any(|s| s.len() > window) {
             return Err(SurgeryError::Argument(format!(
-                "the sink positions leave no query whose last {window} tokens are free of sinks\nhint: name fewer sinks"
+                "the sink positions leave no query whose last {window} tokens are free of sinks\nhint: name fewer sinks, or use longer sequences"
             )));
         }
     }
@@ -329,19 +394,21 @@ struct Analysis<'a> {
     scale: f32,
     group_size: usize,
     head_dim: usize,
-    sinks: &'a [usize],
+    /// By layer and head, sorted.
+    sinks: Vec<Vec<Vec<usize>>>,
     heads: Vec<Vec<HeadAccumulator>>,
     forward: Vec<(&'static str, Box<dyn ForwardCriterion + 'a>)>,
 }
 
 impl LayerObserver for Analysis<'_> {
     fn attention(&mut self, view: AttnView<'_>) {
-        let (d, group_size, scale, sinks) = (self.head_dim, self.group_size, self.scale, self.sinks);
+        let (d, group_size, scale) = (self.head_dim, self.group_size, self.scale);
+        let sinks = &self.sinks[view.layer];
         let single = self.exec.single();
         let heads: Vec<&mut HeadAccumulator> = self.heads[view.layer].iter_mut().collect();
         self.exec.parallel_items(heads, |head, accumulator| {
             let (q, k) = (view.q.columns(head * d, d), view.k.columns(head / group_size * d, d));
-            accumulator.add(&single, q, k, scale, sinks);
+            accumulator.add(&single, q, k, scale, &sinks[head]);
         });
         for (_, criterion) in &mut self.forward {
             criterion.attention(&view);

@@ -6,7 +6,7 @@ use anyhow::Result;
 use eval::report::{Report, number};
 use std::path::PathBuf;
 use surgery::criteria::{self, DuoOptions, Needle, NeedlePrompt, States};
-use surgery::stats::{AnalyzeOptions, analyze};
+use surgery::stats::{AnalyzeOptions, SinkChoice, analyze};
 use tasks::probe::{ProbeNeedle, probe};
 use train::data::{Split, sequences};
 
@@ -20,6 +20,7 @@ use train::data::{Split, sequences};
 ///   recurformer analyze --model smollm2-135m --data english-small --tokens 8192 --out heads.json --html heads.html
 ///   recurformer analyze --model smollm2-135m --data english-mixed retrieval --tokens 16384 --out heads.json
 ///   recurformer analyze --model smollm2-135m --data english-mixed --tokens 2048 --criteria kl,retrieval --out heads.json
+///   recurformer analyze --model smollm2-135m --data english-small --sinks found --out heads.json
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -63,6 +64,10 @@ pub struct Args {
     /// Go on from the states that an interrupted run left beside --out; where there is none, begin.
     #[arg(long)]
     resume: bool,
+    /// Positions left out of the live statistics (recency ratios, distances): the first one, or in each head and sequence those found to
+    /// absorb attention with a small value. Windows of criteria and plans keep the first positions either way.
+    #[arg(long, value_enum, default_value_t = SinksArg::First)]
+    sinks: SinksArg,
     /// Seed of the sequence order and of the drawn criteria.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -74,6 +79,15 @@ pub struct Args {
     html: Option<PathBuf>,
     #[command(flatten)]
     exec: ExecArgs,
+}
+
+/// `--sinks`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum SinksArg {
+    /// The first position.
+    First,
+    /// What `sinks` finds, in each head and sequence.
+    Found,
 }
 
 /// Names of the criteria that are measured on the base model alone.
@@ -125,6 +139,10 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     check_context(&loaded.model.config, args.context)?;
     let documents = documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?;
     let sequences = sequences(&documents, args.context, args.tokens, args.seed)?;
+    let sinks = match args.sinks {
+        SinksArg::First => SinkChoice::At(vec![0]),
+        SinksArg::Found => SinkChoice::Found,
+    };
     let states = States { heads: args.out.clone(), resume: args.resume };
     let duo = DuoOptions {
         steps: args.duo_steps,
@@ -138,7 +156,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         prompts: needle_prompts(args, &loaded)?,
         duo,
         states: Some(states.clone()),
-        ..AnalyzeOptions::default()
+        sinks,
     };
     let heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
     heads.write(&args.out)?;
@@ -164,6 +182,14 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         above(0.7),
         above(0.9)
     );
+    if matches!(args.sinks, SinksArg::Found) {
+        let sinks = &heads.found_sinks;
+        let later = sinks.iter().filter(|sink| sink.position > 0).count();
+        println!(
+            "sinks left out: {} over all heads and sequences, {later} of them not at the first position",
+            sinks.len()
+        );
+    }
     println!("wrote {}", args.out.display());
     Ok(())
 }

@@ -16,4 +16,5 @@ pub mod inspect;
 pub mod logits;
 pub mod plan;
 pub mod quickstart;
+pub mod sinks;
 pub mod train_mqar;

@@ -14,5 +14,6 @@ mod quickstart;
 mod recipe;
 #[cfg(unix)]
 mod resume;
+mod sinks;
 mod sources;
 mod text;

@@ -2,12 +2,13 @@
 
 use crate::common::Work;
 
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 17] = [
     "quickstart",
     "fetch",
     "inspect",
     "logits",
     "analyze",
+    "sinks",
     "align",
     "plan",
     "convert",

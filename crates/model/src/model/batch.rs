@@ -2,6 +2,7 @@
 
 use super::Model;
 use super::gates::{Gates, StreamingTape};
+use super::intervene::Edits;
 use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
 use super::tokens::{TokenBatch, rows_of};
 use crate::error::Result;
@@ -61,6 +62,7 @@ pub(super) struct Forward<'a> {
     /// Whether the layers' memories are for a backward pass.
     pub record: bool,
     pub gates: Option<&'a Gates>,
+    pub edits: Option<&'a Edits<'a>>,
 }
 
 #[derive(Default)]
@@ -85,17 +87,17 @@ impl Model {
         observer: &mut dyn LayerObserver,
         tape: Option<&mut Tape>,
     ) -> Result<Vec<f32>> {
-        self.forward_pass(exec, batch, observer, tape, None)
+        self.forward_pass(exec, batch, observer, tape, (None, None))
     }
 
-    /// [`forward_batch`](Self::forward_batch), gated where `gates` are given.
+    /// [`forward_batch`](Self::forward_batch), gated where `gates` are given; of one sequence with changes where `edits` are.
     pub(super) fn forward_pass(
         &self,
         exec: &Exec,
         batch: &TokenBatch,
         observer: &mut dyn LayerObserver,
         tape: Option<&mut Tape>,
-        gates: Option<&Gates>,
+        (gates, edits): (Option<&Gates>, Option<&Edits<'_>>),
     ) -> Result<Vec<f32>> {
         self.check_tokens(batch.tokens(), 0, batch.longest())?;
         let mut own = LayerTape::default();
@@ -108,7 +110,7 @@ impl Model {
         if h.is_empty() {
             return Ok(h);
         }
-        let pass = Forward { exec, batch, record: tape.is_some(), gates };
+        let pass = Forward { exec, batch, record: tape.is_some(), gates, edits };
         let mut scratch = Scratch::default();
         for layer in 0..self.config.layers {
             let memory = match tape.as_deref_mut() {
@@ -123,6 +125,9 @@ impl Model {
             }
             self.attention_block(&pass, layer, &mut h, memory, &mut scratch, observer);
             self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+            for (sequence, rows) in batch.ranges().enumerate() {
+                observer.residual(layer, sequence, rows_of(&h, rows, self.config.d_model));
+            }
         }
         let mut hidden = Vec::new();
         self.norm(exec, &h, self.layout.norm, &mut hidden);
@@ -142,8 +147,8 @@ impl Model {
         scratch: &mut Scratch,
         observer: &mut dyn LayerObserver,
     ) {
-        let Forward { exec, batch, record, gates } = *pass;
-        self.attention_outputs(exec, layer, batch, h, memory, scratch, record);
+        let Forward { exec, batch, record, gates, edits } = *pass;
+        self.attention_outputs(exec, layer, batch, h, memory, scratch, record, edits);
         memory.streaming = gates.map(|gates| self.mix_streaming(exec, layer, batch, gates, memory));
         if observer.wants(layer) {
             self.show(layer, batch, memory, scratch, observer);
@@ -168,6 +173,7 @@ impl Model {
         memory: &mut LayerTape,
         scratch: &mut Scratch,
         record: bool,
+        edits: Option<&Edits<'_>>,
     ) {
         let ids = &self.layout.layers[layer];
         let (groups, rows) = (self.config.kv_heads, batch.rows());
@@ -176,7 +182,7 @@ impl Model {
         let LayerTape { qkv, out, lse, saved, .. } = memory;
         self.norm(exec, h, ids.input_norm, x);
         out.resize(rows * groups * per_group, 0.0);
-        self.project(exec, layer, x, batch, qkv);
+        self.project(exec, layer, x, batch, edits.and_then(|edits| edits.turn.as_ref()), qkv);
         if ids.kept > 0 {
             let shape = self.attn_shape(ids.kept);
             let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
@@ -199,6 +205,9 @@ impl Model {
             if !all_kept {
                 unpack(packed_out, out, &ids.runs, per_group, groups);
             }
+        }
+        if let Some(edits) = edits {
+            self.edit_outputs(exec, layer, edits, qkv, out);
         }
         saved.clear();
         self.converted_outputs(exec, layer, batch, x, out, record.then_some(saved));

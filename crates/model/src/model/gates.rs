@@ -90,7 +90,7 @@ impl Model {
         assert_eq!(self.plan.converted(), 0, "gates are for base models");
         let fits = gates.alpha.iter().all(|layer| layer.len() == self.config.kv_heads);
         assert!(fits && gates.alpha.len() == self.config.layers, "one gate per layer and KV group");
-        self.forward_pass(exec, batch, &mut NoObserver, Some(tape), Some(gates))
+        self.forward_pass(exec, batch, &mut NoObserver, Some(tape), (Some(gates), None))
     }
 
     /// Gradient of every gate, `[layer][group]`, from that of the final hidden states: `Σ_t γ_t · (full_t − streaming_t)` over the group's head

@@ -4,6 +4,7 @@
 mod backward;
 mod batch;
 mod gates;
+mod intervene;
 mod layout;
 mod load;
 mod parts;
@@ -12,6 +13,7 @@ mod tokens;
 
 pub use batch::Tape;
 pub use gates::Gates;
+pub use intervene::{Cut, CutPart, Intervention};
 pub(crate) use layout::head_layout;
 pub use layout::head_tensor_name;
 pub(crate) use load::check_checkpoint;

@@ -7,7 +7,7 @@ use super::tokens::TokenBatch;
 use crate::params::ParamId;
 use kernels::attention::AttnShape;
 use kernels::elementwise::{add_bias, rms_norm, swiglu};
-use kernels::rope::{Rotation, rope};
+use kernels::rope::{RopeTable, Rotation, rope};
 use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 
 /// Attention inputs of a layer's kept groups, packed.
@@ -131,8 +131,16 @@ impl Model {
         }
     }
 
-    /// Queries, keys and values of all kept groups; `x` holds the rows of `batch`.
-    pub(super) fn project(&self, exec: &Exec, layer: usize, x: &[f32], batch: &TokenBatch, qkv: &mut Qkv) {
+    /// Queries, keys and values of all kept groups; `x` holds the rows of `batch`, at the positions of `turn` where given.
+    pub(super) fn project(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        x: &[f32],
+        batch: &TokenBatch,
+        turn: Option<&RopeTable>,
+        qkv: &mut Qkv,
+    ) {
         let (ids, rows) = (&self.layout.layers[layer], batch.rows());
         if ids.kept == 0 {
             *qkv = Qkv::default();
@@ -150,7 +158,11 @@ impl Model {
                 raw.clear();
                 self.project_block(exec, layer, block, x, rows, out);
             }
-            self.rotate(exec, out, ids.kept * block.rows, batch, Rotation::Forward);
+            let width = ids.kept * block.rows;
+            match turn {
+                Some(table) => table.rotate(exec, MatMut::dense(out, rows, width), self.config.head_dim),
+                None => self.rotate(exec, out, width, batch, Rotation::Forward),
+            }
         }
     }
 

@@ -34,7 +34,7 @@ impl Model {
         if h.is_empty() {
             return Ok(trace);
         }
-        let pass = Forward { exec, batch, record: false, gates: None };
+        let pass = Forward { exec, batch, record: false, gates: None, edits: None };
         let (mut memory, mut scratch) = (LayerTape::default(), Scratch::default());
         for layer in 0..self.config.layers {
             self.attention_block(&pass, layer, &mut h, &mut memory, &mut scratch, observer);
@@ -69,7 +69,7 @@ impl Model {
         let target = MatMut::dense(&mut h, batch.rows(), d_model);
         let out_proj = out_proj.columns(columns.start, columns.len());
         mixed_gemm(exec, target, delta, Trans::No, out_proj, Trans::Yes, 1.0, Store::Accumulate);
-        let pass = Forward { exec, batch, record: false, gates: None };
+        let pass = Forward { exec, batch, record: false, gates: None, edits: None };
         let (mut memory, mut scratch) = (LayerTape::default(), Scratch::default());
         self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
         for layer in layer + 1..self.config.layers {

@@ -52,6 +52,10 @@ impl HeadsReport {
         }
         // Bounded sizes: what is computed from them later cannot overflow.
         self.config.validate().map_err(|e| format!("`config`: {e}"))?;
+        let outside = |s: &&super::FoundSink| s.layer >= model.layers || s.head >= model.heads;
+        if let Some(sink) = self.found_sinks.iter().find(outside) {
+            return Err(format!("a sink in layer {} head {}, the model has {model}", sink.layer, sink.head));
+        }
         if self.layers.len() != model.layers {
             return Err(format!("{} layers listed, expected {}", self.layers.len(), model.layers));
         }

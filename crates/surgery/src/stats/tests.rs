@@ -272,6 +272,52 @@ fn statistics_match_the_definition_on_a_model() {
     }
 }
 
+/// Sinks that are looked for: each head leaves out its own, in each sequence others.
+#[test]
+fn found_sinks_are_left_out_head_by_head() {
+    let model = sinks::planted::by_token(0.0).model();
+    let places = [20, 3];
+    let mut text: Vec<Vec<u32>> =
+        places.iter().flat_map(|&at| sinks::planted::by_token_text(1, at)).collect();
+    let analyze_with = |text: &[Vec<u32>], sinks| {
+        let options = AnalyzeOptions { criteria: vec!["recency".into()], sinks, ..Default::default() };
+        analyze(&exec(), &model, text, &options, &mut Silent).unwrap()
+    };
+    let report = analyze_with(&text, SinkChoice::Found);
+    let at = |head, sequence, position| FoundSink { layer: 0, head, sequence, position };
+    assert_eq!(report.found_sinks, [at(0, 0, 20), at(0, 1, 3)]);
+    assert!(report.sinks.is_empty());
+    // The first head does nothing else; what remains of its attention is even.
+    let (mut sum, mut queries) = (0.0, 0);
+    for sink in places {
+        for i in (16..64).filter(|&i| i < sink || sink + 16 <= i) {
+            sum += 16.0 / (i + 1 - usize::from(sink <= i)) as f64;
+            queries += 1;
+        }
+    }
+    let head = &report.layers[0].heads[0];
+    assert!(head.no_op && head.sink_mass > 0.99, "{head:?}");
+    assert!((head.recency_ratio_16 - sum / f64::from(queries)).abs() < 1e-4, "{head:?}");
+    // The second has none: as if none were named.
+    let none = analyze_with(&text, SinkChoice::At(vec![]));
+    assert_eq!(report.layers[0].heads[1], none.layers[0].heads[1]);
+    let first = analyze_with(&text, SinkChoice::At(vec![0]));
+    assert!(!first.layers[0].heads[0].no_op);
+
+    // Too short to look for sinks: the first.
+    text.push(vec![1; sinks::MIN_TOKENS - 1]);
+    let report = analyze_with(&text, SinkChoice::Found);
+    assert_eq!(report.found_sinks, [at(0, 0, 20), at(0, 1, 3), at(0, 2, 0), at(1, 2, 0)]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("heads.json");
+    report.write(&path).unwrap();
+    assert_eq!(HeadsReport::read(&path).unwrap(), report);
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    json["found_sinks"][0]["head"] = 9.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    assert!(HeadsReport::read(&path).unwrap_err().to_string().contains("layer 0 head 9"));
+}
+
 #[test]
 fn what_cannot_be_analysed_is_an_error() {
     let text = [tokens(1, 20)];
@@ -281,7 +327,8 @@ fn what_cannot_be_analysed_is_an_error() {
     assert!(message(analyze_default(&text, &["recent"])).contains("mixer-fisher, recency"));
     assert!(message(analyze_default(&text, &["mixer-fisher"])).contains("needs a head bank"));
     assert!(message(analyze_default(&[vec![1, 99]], &[])).contains("99"));
-    let options = AnalyzeOptions { criteria: vec![], sinks: (0..20).collect(), ..Default::default() };
+    let options =
+        AnalyzeOptions { criteria: vec![], sinks: SinkChoice::At((0..20).collect()), ..Default::default() };
     let dense = analyze(&exec(), &model(1), &text, &options, &mut Silent);
     assert!(message(dense).contains("fewer sinks"));
 
