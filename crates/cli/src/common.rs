@@ -3,6 +3,7 @@
 use crate::allocator::keep_freed_pages;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
+use eval::run::RunModel;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
@@ -195,7 +196,11 @@ impl EngineArgs {
 
     /// Opens the model that these options are for, and packs its weights. (A model that it is compared with runs as it is: [`run_engine`].)
     pub fn run(&self, arg: &str, defaults: EngineOptions, exec: &Exec, ui: &Ui) -> Result<Running> {
-        pack(self.budget.open(arg, ui)?, arg, self.options(defaults), exec)
+        let mut running = pack(self.budget.open(arg, ui)?, arg, self.options(defaults), exec)?;
+        if let Some(beta) = self.budget.beta {
+            running.about.name = format!("{arg} at beta {beta}");
+        }
+        Ok(running)
     }
 }
 
@@ -205,6 +210,8 @@ pub struct Running {
     pub checkpoint: Checkpoint,
     /// With its weights packed in memory.
     pub engine: Engine,
+    /// What it is, for results.
+    pub about: RunModel,
 }
 
 impl Running {
@@ -221,7 +228,9 @@ pub fn run_engine(arg: &str, options: EngineOptions, exec: &Exec, ui: &Ui) -> Re
 
 fn pack(checkpoint: Checkpoint, arg: &str, options: EngineOptions, exec: &Exec) -> Result<Running> {
     let engine = Engine::load(exec, &checkpoint, options).with_context(|| format!("loading {arg}"))?;
-    Ok(Running { checkpoint, engine })
+    let weights = options.weights.map_or("stored".to_string(), |dtype| dtype.name().to_ascii_lowercase());
+    let about = RunModel::of(arg, &weights, &engine);
+    Ok(Running { checkpoint, engine, about })
 }
 
 /// A checkpoint and the model in it.

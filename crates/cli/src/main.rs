@@ -5,6 +5,7 @@ mod allocator;
 mod commands;
 mod common;
 mod hints;
+mod run;
 mod ui;
 
 use clap::{Parser, Subcommand};

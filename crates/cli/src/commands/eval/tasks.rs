@@ -1,11 +1,13 @@
 //! `eval passkey`, `eval hashhop`, `eval ruler`: generated tasks, model and base in one run.
 
-use crate::common::{EngineArgs, ExecArgs, Running, check_context, print_json, run_engine};
+use crate::common::{EngineArgs, ExecArgs, Running, check_context, run_engine};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::hashhop::{HashHopTest, hashhop};
 use eval::passkey::{PasskeyOptions, passkey};
 use eval::ruler::{RulerTest, ruler};
+use eval::run::RunModel;
 use kernels::Exec;
 use model::{Engine, EngineOptions};
 use serde::Serialize;
@@ -104,36 +106,46 @@ pub struct RulerArgs {
     samples: usize,
 }
 
+/// What was found of the model and its base.
+struct Measured<T> {
+    exec: Exec,
+    models: Vec<RunModel>,
+    results: T,
+    base: Option<T>,
+}
+
 impl ModelArgs {
     /// Measures the model and then the base, each loaded in its turn.
     fn measure<T>(
         &self,
         ui: &mut Ui,
         mut run: impl FnMut(&Exec, &Engine, &Tokenizer, &mut Ui) -> eval::Result<T>,
-    ) -> Result<(T, Option<T>)> {
+    ) -> Result<Measured<T>> {
         let (exec, defaults) = (self.exec.exec()?, EngineOptions::EXACT);
+        let mut models = Vec::new();
         let mut measured = |running: Running, ui: &mut Ui| -> Result<T> {
+            models.push(running.about.clone());
             for &context in &self.contexts {
                 check_context(&running.engine.config, context)?;
             }
             Ok(run(&exec, &running.engine, &running.tokenizer()?, ui)?)
         };
-        let result = measured(self.engine.run(&self.model, defaults, &exec, ui)?, ui)?;
+        let results = measured(self.engine.run(&self.model, defaults, &exec, ui)?, ui)?;
         let base = match &self.base {
             Some(name) => Some(measured(run_engine(name, self.engine.options(defaults), &exec, ui)?, ui)?),
             None => None,
         };
-        Ok((result, base))
+        Ok(Measured { exec, models, results, base })
     }
 
     /// Prints results as JSON when asked to; says whether it did.
-    fn printed(&self, results: &impl Serialize, base: Option<&impl Serialize>) -> Result<bool> {
+    fn printed<T: Serialize>(&self, measured: &Measured<T>) -> Result<bool> {
         if self.json {
-            let mut value = json!({"results": results, "seed": self.seed});
-            if let Some(base) = base {
+            let mut value = json!({"results": measured.results, "seed": self.seed});
+            if let Some(base) = &measured.base {
                 value["base"] = json!({"results": base});
             }
-            print_json(&value)?;
+            print_results(&measured.exec, value, measured.models.clone(), &[self.seed])?;
         }
         Ok(self.json)
     }
@@ -144,11 +156,12 @@ pub fn run_passkey(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
     let models = &args.models;
     let options =
         PasskeyOptions { contexts: models.contexts.clone(), samples: args.samples, seed: models.seed };
-    let (results, base) =
+    let measured =
         models.measure(ui, |exec, model, tokenizer, ui| passkey(exec, model, tokenizer, &options, ui))?;
-    if models.printed(&results, base.as_ref())? {
+    if models.printed(&measured)? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     println!("{:>8} {:>10}{}", "context", "correct", if base.is_some() { "       base" } else { "" });
     for (i, r) in results.iter().enumerate() {
         let beside =
@@ -170,11 +183,12 @@ pub fn run_hashhop(args: &HashHopArgs, ui: &mut Ui) -> Result<()> {
         queries_per_prompt: args.queries,
         seed: models.seed,
     };
-    let (results, base) =
+    let measured =
         models.measure(ui, |exec, model, tokenizer, ui| hashhop(exec, model, tokenizer, &test, ui))?;
-    if models.printed(&results, base.as_ref())? {
+    if models.printed(&measured)? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     header("hops", base.is_some());
     for (i, r) in results.iter().enumerate() {
         row(&r.hops.to_string(), r.context, r.score, base.as_ref().map(|b| b[i].score));
@@ -192,11 +206,12 @@ pub fn run_ruler(args: &RulerArgs, ui: &mut Ui) -> Result<()> {
         samples: args.samples,
         seed: models.seed,
     };
-    let (results, base) =
+    let measured =
         models.measure(ui, |exec, model, tokenizer, ui| ruler(exec, model, tokenizer, &test, ui))?;
-    if models.printed(&results, base.as_ref())? {
+    if models.printed(&measured)? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     header("task", base.is_some());
     for (i, r) in results.iter().enumerate() {
         row(&r.task, r.context, r.score, base.as_ref().map(|b| b[i].score));
