@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn a_command_line_can_be_pasted_into_a_shell() {
-        let args = ["/usr/bin/recurformer", "generate", "--prompt", "it's $HOME", "--stop", "", "--data=a.txt"];
+        let args =
+            ["/usr/bin/recurformer", "generate", "--prompt", "it's $HOME", "--stop", "", "--data=a.txt"];
         assert_eq!(
             command_line(args.map(String::from).into_iter()),
             r"recurformer generate --prompt 'it'\''s $HOME' --stop '' --data=a.txt"

@@ -1,9 +1,11 @@
 //! `analyze`: head statistics and criteria.
 
 use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load, sequences};
+use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::{Report, number};
+use eval::run::RunInfo;
 use std::path::PathBuf;
 use surgery::criteria;
 use surgery::stats::{AnalyzeOptions, analyze};
@@ -68,12 +70,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
     heads.write(&args.out)?;
     if let Some(path) = &args.html {
-        let report = Report {
-            title: format!("Heads of {}", args.model),
-            heads: Some(heads.clone()),
-            commands: vec![std::env::args().collect::<Vec<_>>().join(" ")],
-            ..Report::default()
-        };
+        let mut report = Report::from_files(&[&args.out])?;
+        report.title = format!("Heads of {}", args.model);
+        for source in &mut report.sources {
+            source.run = Some(RunInfo { seeds: vec![args.seed], ..run_info(&exec) });
+        }
         report.write_html(path)?;
     }
     let ratios: Vec<f64> =

@@ -2,9 +2,7 @@
 
 mod tasks;
 
-use crate::common::{
-    DataArgs, EngineArgs, ExecArgs, check_context, documents, run_engine, usage,
-};
+use crate::common::{DataArgs, EngineArgs, ExecArgs, check_context, documents, run_engine, usage};
 use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;

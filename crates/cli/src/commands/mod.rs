@@ -16,3 +16,4 @@ pub mod inspect;
 pub mod logits;
 pub mod plan;
 pub mod quickstart;
+pub mod report;

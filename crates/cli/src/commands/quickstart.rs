@@ -3,11 +3,13 @@
 mod setup;
 
 use crate::common::{Loaded, MixerArg, TrainExecArgs, load, sequences, usage};
+use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::bench::{BenchOptions, BenchResult, bench};
 use eval::quality::evaluate;
-use eval::report::{Curve, Generation, Report, VariantRow};
+use eval::report::{Generation, QuickstartResults, Report, VariantRow};
+use eval::run::{RunInfo, RunModel};
 use eval::text::{WindowOptions, windows};
 use kernels::Exec;
 use kernels::kv::KvType;
@@ -16,7 +18,7 @@ use model::generate::{GenerateLimits, generate};
 use model::plan::PlanCriterion;
 use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, Sampler, SamplerOptions};
 use setup::Settings;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 use surgery::convert::{convert, convert_in_memory, save_model};
 use surgery::stats::{AnalyzeOptions, analyze};
@@ -29,6 +31,9 @@ use train::heal::{HealOptions, heal};
 const JUDGED: EngineOptions = EngineOptions { weights: Some(Dtype::BF16), kv_type: KvType::F32 };
 /// What models are timed and generate in: as users run them.
 const TIMED: EngineOptions = EngineOptions { weights: Some(Dtype::Q8_0), kv_type: KvType::F16 };
+
+/// [`TIMED`]'s weights by name.
+const TIMED_WEIGHTS: &str = "q8_0";
 
 /// Run the whole pipeline on a real model: fetch, analyze, align, plan, convert, heal, evaluate, generate.
 ///
@@ -118,9 +123,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let bank = stage.bank(&heads, ui)?;
     let plan = stage.plan(&heads, &bank, ui)?;
     let healed = stage.heal(&plan, &bank, ui)?;
-    let mut report = stage.compare(&heads, &bank, &plan, &healed, ui)?;
-    stage.generations(&healed, &mut report, ui)?;
-    stage.finish(report, heads, plan, clock.elapsed().as_secs_f64(), ui)
+    let mut results = stage.compare(&heads, &bank, &plan, &healed, ui)?;
+    stage.generations(&healed, &mut results, ui)?;
+    stage.finish(results, &plan, clock.elapsed().as_secs_f64(), ui)
 }
 
 impl Stage<'_> {
@@ -242,7 +247,7 @@ impl Stage<'_> {
         plan: &HeadPlan,
         healed: &Model,
         ui: &mut Ui,
-    ) -> Result<Report> {
+    ) -> Result<QuickstartResults> {
         ui.say("[7/8] evaluate: held-out text, cache, speed");
         let base = &self.base.model;
         let config = &base.config;
@@ -282,12 +287,13 @@ impl Stage<'_> {
         let refs: Vec<&Engine> = judged.iter().collect();
         let qualities = evaluate(&self.exec, Some(refs[0]), &refs, &texts, ui)?;
         drop(judged);
-        let mut report = Report::default();
+        let mut results = QuickstartResults::default();
         for ((name, description, model), quality) in models.into_iter().zip(qualities) {
             // Healing changes values, not structure: the unhealed twin would only be timed twice.
             let mut engine = Engine::from_model(&self.exec, &model, TIMED)?;
             let speeds = if name == UNHEALED { Vec::new() } else { self.speed(&mut engine, ui)? };
-            report.variants.push(VariantRow {
+            results.run.models.push(RunModel::of(name, TIMED_WEIGHTS, &engine));
+            results.models.push(VariantRow {
                 name: name.into(),
                 description: description.into(),
                 converted: model.plan.converted(),
@@ -300,7 +306,7 @@ impl Stage<'_> {
                 files: quality.files,
             });
         }
-        Ok(report)
+        Ok(results)
     }
 
     /// Decode speed at 2k and 8k tokens, also beyond the trained length: only speed is asked for.
@@ -310,7 +316,7 @@ impl Stage<'_> {
         Ok(bench(&self.exec, engine, &options, ui)?)
     }
 
-    fn generations(&self, healed: &Model, report: &mut Report, ui: &mut Ui) -> Result<()> {
+    fn generations(&self, healed: &Model, results: &mut QuickstartResults, ui: &mut Ui) -> Result<()> {
         ui.say("[8/8] generate");
         let tokenizer = self.base.tokenizer()?;
         let engine = |model| Engine::from_model(&self.exec, model, TIMED);
@@ -341,22 +347,21 @@ impl Stage<'_> {
             texts
                 .iter()
                 .for_each(|(name, text)| ui.say(&format!("    {name:>13}: {}", text.replace('\n', " "))));
-            report.generations.push(Generation { prompt: prompt.into(), texts });
+            results.generations.push(Generation { prompt: prompt.into(), texts });
         }
         Ok(())
     }
 
     fn finish(
         &self,
-        mut report: Report,
-        heads: HeadsReport,
-        plan: HeadPlan,
+        mut results: QuickstartResults,
+        plan: &HeadPlan,
         seconds: f64,
         ui: &mut Ui,
     ) -> Result<()> {
         let args = self.args;
-        report.title = format!("RecurFormer on {}", args.model);
-        report.summary = format!(
+        results.title = format!("RecurFormer on {}", args.model);
+        results.summary = format!(
             "{} of {} KV groups of {} became recurrent. Replacement heads were trained on {} tokens, the hybrid healed on {}; all figures are from \
              held-out parts of {} (at most {} tokens a file) and from this machine, {}.",
             plan.converted(),
@@ -372,28 +377,15 @@ impl Stage<'_> {
                 format!("in {:.1} minutes", seconds / 60.0)
             }
         );
-        report.curves = [
-            curve(&self.path("align-metrics.jsonl"), "align: relative error of the heads", "error"),
-            curve(&self.path("healed.train/metrics.jsonl"), "heal: loss", "loss"),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        report.commands = vec![std::env::args().collect::<Vec<_>>().join(" ")];
-        report.environment = vec![
-            ("recurformer".into(), env!("CARGO_PKG_VERSION").into()),
-            ("text".into(), self.text.clone()),
-            ("instruction set".into(), self.exec.isa().name().into()),
-            ("threads".into(), self.exec.threads().to_string()),
-            ("seconds".into(), format!("{seconds:.0}")),
-        ];
-        (report.heads, report.plan) = (Some(heads), Some(plan));
+        results.text.clone_from(&self.text);
+        let models = std::mem::take(&mut results.run.models);
+        results.run = RunInfo { seeds: vec![args.seed], models, ..run_info(&self.exec) };
+        weights::files::atomic_write(&self.path("results.json"), &serde_json::to_vec_pretty(&results)?)?;
+        let report = Report::from_files(&[&args.out])?;
         report.write_html(&self.path("report.html"))?;
-        weights::files::atomic_write(
-            &self.path("results.json"),
-            &serde_json::to_vec_pretty(&report.variants)?,
-        )?;
-        println!("{}", report.to_markdown());
+        for comparison in &report.comparisons {
+            println!("{}", comparison.table().to_markdown());
+        }
         println!("text: {}", self.text);
         ui.say(&format!(
             "done in {:.1} minutes; open {}",
@@ -406,15 +398,4 @@ impl Stage<'_> {
         ));
         Ok(())
     }
-}
-
-/// A learning curve from a JSONL metrics file: field `y` against `tokens`; none when the file is not there.
-fn curve(path: &Path, name: &str, y: &str) -> Option<Curve> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let points: Vec<(f64, f64)> = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter_map(|v| Some((v.get("tokens")?.as_f64()?, v.get(y)?.as_f64()?)))
-        .collect();
-    Some(Curve { name: name.into(), x_label: "tokens".into(), y_label: y.into(), points })
 }

@@ -8,6 +8,7 @@ mod export;
 mod logits;
 mod pipeline;
 mod quickstart;
+mod report;
 #[cfg(unix)]
 mod resume;
 mod sources;

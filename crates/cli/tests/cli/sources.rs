@@ -17,6 +17,7 @@ const COMMANDS: [&str; 16] = [
     "chat",
     "eval",
     "bench",
+    "report",
     "bench-train",
     "doctor",
 ];
