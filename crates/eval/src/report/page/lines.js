@@ -1,12 +1,12 @@
 // Lines: learning curves, speed and cache against depth.
 const FOCUSABLE = 40, SMOOTH_FROM = 60;
 
-// A moving mean over a fortieth of the points on each side.
+// A moving median over a fortieth of the points on each side: single spikes do not bend it.
 function smooth(points) {
   const reach = Math.ceil(points.length / 40);
   return points.map(([x], i) => {
-    const near = points.slice(Math.max(0, i - reach), i + reach + 1);
-    return [x, near.reduce((sum, p) => sum + p[1], 0) / near.length];
+    const near = points.slice(Math.max(0, i - reach), i + reach + 1).map((p) => p[1]).sort((a, b) => a - b);
+    return [x, (near[Math.floor((near.length - 1) / 2)] + near[Math.ceil((near.length - 1) / 2)]) / 2];
   });
 }
 
@@ -46,7 +46,7 @@ function lineChart({ title, desc, xName, yName, series, xLog, yLog, zero, yText 
 
 function curvesSection() {
   if (!data.curves.length) return;
-  const s = section("learning", "Learning curves", "Thin lines are single steps, thick ones a moving mean where there are many.");
+  const s = section("learning", "Learning curves", "Thin lines are single steps, thick ones a moving median where there are many.");
   const groups = new Map();
   for (const c of data.curves) groups.set(c.y_label, [...(groups.get(c.y_label) || []), c]);
   const grid = el("div", { class: "grid" });

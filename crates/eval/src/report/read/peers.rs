@@ -73,7 +73,7 @@ impl Reader {
                 let heads = ["what", "weights", "tokens", "ours", "llama.cpp", "PyTorch", "ours / best peer"];
                 self.report.tables.push(Table {
                     title: "Beside llama.cpp and PyTorch".into(),
-                    note: format!("Tokens per second and their ratios, medians of {rounds} rounds. {conditions}."),
+                    note: format!("Tokens per second, medians of {rounds} rounds, and the ratio of the medians. {conditions}."),
                     columns: heads.map(String::from).into(),
                     rows: table,
                 });
