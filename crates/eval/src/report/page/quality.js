@@ -39,11 +39,12 @@ function tradeoff(c, { title, field, yName, text }) {
     for (const g of guides) {
       children.push(svg("line", { class: "guide", x1: x(g.x), x2: x(g.x), y1: top, y2: bottom }));
       if (g.y > 0) children.push(svg("line", { class: "guide", x1: left, x2: right, y1: y.scale(g.y), y2: y.scale(g.y) }));
-      else children.push(svg("text", { class: "name", x: x(g.x) - 6, y: top + 10, "text-anchor": "end" }, `${g.name}: 0`));
+      const name = g.name.length > 24 ? `${g.name.slice(0, 23)}…` : g.name, before = x(g.x) > (left + right) / 2;
+      children.push(svg("text", { class: "name label", x: x(g.x) + (before ? -6 : 6), y: top + 2, "text-anchor": before ? "end" : "start" }, `${name}: ${g.y > 0 ? text(g.y) : "0"}`));
     }
     const marks = [];
     const placed = others.map((p) => ({ ...p, px: x(p.x), py: y.scale(p.y) }));
-    if (width >= 400) children.push(...labels(placed, left, right, top, bottom));
+    if (width >= 400) children.push(...labels(placed.filter((p) => !p.base), left, right, top, bottom));
     for (const p of placed) {
       const node = mark(svg("g", {}, shape(p.index, p.px, p.py, 5.5)), `${p.name}\n${yName} ${text(p.y)}\ncache ${size(p.x * MIB)}`, 0, marks.length);
       marks.push(node);

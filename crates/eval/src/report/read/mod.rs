@@ -152,7 +152,7 @@ impl Reader {
     /// Adds a file, or the result files of a folder.
     ///
     /// # Errors
-    /// [`EvalError::File`] naming the file. What was added before stays; nothing of the file that failed does.
+    /// [`EvalError::File`] naming the file; the report then lacks some or all of it.
     pub fn add(&mut self, path: &Path) -> Result<()> {
         if path.is_dir() {
             let found: Vec<PathBuf> =
@@ -180,16 +180,16 @@ impl Reader {
         let text = read(path)?;
         let unknown = || bad(path, &format!("not a result file that a report can show\nhint: {KNOWN}"));
         // A file of lines is JSON only when it has one line.
-        let (value, lines) = match serde_json::from_str::<Value>(&text) {
-            Ok(value) => (value, None),
+        let (value, whole) = match serde_json::from_str::<Value>(&text) {
+            Ok(value) => (value, true),
             Err(error) => match metrics::first_line(&text) {
-                Some(first) => (first, Some(())),
+                Some(first) => (first, false),
                 None => return Err(bad(path, &format!("not JSON: {error}\nhint: {KNOWN}"))),
             },
         };
         let kind = Kind::of(&value).ok_or_else(unknown)?;
         let is_metrics = matches!(kind, Kind::AlignMetrics | Kind::HealMetrics);
-        if lines.is_some() && !is_metrics {
+        if !whole && !is_metrics {
             return Err(unknown());
         }
         let input = Input { path, value };
