@@ -8,9 +8,10 @@ use std::path::PathBuf;
 
 /// Show result files: one self-contained HTML page with charts, or Markdown tables.
 ///
-/// Each file is recognised by its content: heads.json, plan.json, a checkpoint's head_plan.json, quickstart's results.json, the metrics of
-/// align and heal (.jsonl), what `eval ppl|kl|passkey|hashhop|ruler`, `bench` and `generate` print with --json, and the results of
-/// peers/compare.py. A folder stands for those of them that lie in it. The page needs no network.
+/// Each file is recognised by its content: heads.json, plan.json, a checkpoint's head_plan.json,
+/// quickstart's results.json, the metrics of align and heal (.jsonl), what eval ppl, kl, passkey,
+/// hashhop and ruler, bench and generate print with --json, and the results of peers/compare.py.
+/// A folder stands for those of them that lie in it. The page needs no network.
 ///
 /// Examples:
 ///   recurformer report heads.json plan.json --out report.html

@@ -74,6 +74,7 @@ fn quality(ppl: f64, kl: f64) -> Value {
 fn ppl_file(name: &str) -> Value {
     let mut value = quality(20.0, 0.1);
     value["base"] = quality(19.0, 0.0);
+    value["base"]["overall"]["top1_agreement"] = json!(1.0);
     value["context"] = json!(1024);
     value["run"] = run(&[name, "base"]);
     value
@@ -335,7 +336,7 @@ fn results_that_contradict_themselves() {
     refused("p.json", &with(plan(), "/model/layers", json!(3)), &["2 layers", "has 3"]);
     refused("p.json", &with(plan(), "/model/kv_heads", json!(0)), &["0 groups"]);
     refused("p.json", &with(plan(), "/model/heads", json!(0)), &["0 heads"]);
-    refused("p.json", &with(plan(), "/model/heads", json!(1 << 40)), &["heads in each group"]);
+    refused("p.json", &with(plan(), "/model/heads", json!(1_u64 << 40)), &["heads in each group"]);
     refused("p.json", &with(plan(), "/layers/1/groups", json!([])), &["layer 1", "0 groups"]);
     refused("p.json", &with(plan(), "/version", json!(9)), &["version 9"]);
     refused("t.json", &with(passkey(), "/results/0/correct", json!(13)), &["13 right answers of 12"]);
