@@ -18,7 +18,7 @@ let checks = 0;
 const check = (ok, what) => { assert.ok(ok, what); checks += 1; };
 
 async function open(file, options) {
-  const context = await browser.newContext({ viewport: DESK, ...options });
+  const context = await browser.newContext({ viewport: DESK, reducedMotion: "reduce", ...options });
   const page = await context.newPage();
   const seen = { errors: [], requests: [], dialogs: 0 };
   page.on("console", (m) => { if (["error", "warning"].includes(m.type())) seen.errors.push(m.text()); });
@@ -96,6 +96,8 @@ async function keyboard(page) {
   const label = () => page.evaluate(() => document.activeElement.getAttribute("aria-label"));
   const tip = () => page.evaluate(() => { const t = document.getElementById("tip"); return t.hidden ? null : t.textContent; });
   const first = await label();
+  const covered = await page.evaluate(() => document.activeElement.getBoundingClientRect().top < document.querySelector("nav").getBoundingClientRect().bottom);
+  check(!covered, "the focused value lies under the navigation");
   check((await tip())?.replaceAll("\n", ", ") === first, "focus shows no tooltip");
   await page.keyboard.press("ArrowRight");
   const second = await label();
