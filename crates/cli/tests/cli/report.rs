@@ -102,6 +102,6 @@ fn files_that_are_no_results() {
     work.fails(1, "report llama3 --md", &["llama3", "no result file in this folder"]);
     work.fails(1, "report missing.json --md", &["missing.json", "hint: check the path"]);
     work.fails(1, "report notes.json --out missing/r.html", &["missing", "create it first"]);
-    work.fails(2, "report notes.json", &["--out", "--md"]);
+    work.fails(2, "report notes.json", &["--out"]);
     work.fails(2, "report --md", &["FILE"]);
 }

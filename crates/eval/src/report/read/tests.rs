@@ -232,7 +232,9 @@ fn every_kind_is_recognised() {
     let speeds: Vec<usize> = report.speeds.iter().map(|s| s.series.len()).collect();
     assert_eq!(speeds, [2, 2, 1]);
     assert_eq!(report.generations.len(), 1);
-    assert_eq!(report.generations[0].texts, [("base".into(), "one".into()), ("healed".into(), "two".into())]);
+    let texts =
+        [("base", "one"), ("healed", "two")].map(|(model, text)| (model.to_string(), text.to_string()));
+    assert_eq!(report.generations[0].texts, texts);
     assert_eq!(report.tables[0].rows[0], ["decode, base", "q8_0", "512", "150.0", "75.0", "–", "2.00×"]);
 
     let curves: Vec<(&str, usize)> =
