@@ -2,7 +2,7 @@
 
 use crate::common::Work;
 
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 17] = [
     "quickstart",
     "fetch",
     "inspect",
