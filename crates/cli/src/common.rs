@@ -3,14 +3,13 @@
 use crate::allocator::keep_freed_pages;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
-use eval::report::Curve;
+use eval::run::RunModel;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
 use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
 use std::path::{Path, PathBuf};
 use train::data::{self, DataSource, Document, SelfOptions, Split};
-use train::recipe::Files;
 use weights::{Checkpoint, ModelSource, Tokenizer};
 
 /// A wrong command line that clap could not see; exits with code 2.
@@ -211,7 +210,11 @@ impl EngineArgs {
 
     /// Opens the model that these options are for, and packs its weights. (A model that it is compared with runs as it is: [`run_engine`].)
     pub fn run(&self, arg: &str, defaults: EngineOptions, exec: &Exec, ui: &Ui) -> Result<Running> {
-        pack(self.budget.open(arg, ui)?, arg, self.options(defaults), exec)
+        let mut running = pack(self.budget.open(arg, ui)?, arg, self.options(defaults), exec)?;
+        if let Some(beta) = self.budget.beta {
+            running.about.name = format!("{arg} at beta {beta}");
+        }
+        Ok(running)
     }
 }
 
@@ -221,6 +224,8 @@ pub struct Running {
     pub checkpoint: Checkpoint,
     /// With its weights packed in memory.
     pub engine: Engine,
+    /// What it is, for results.
+    pub about: RunModel,
 }
 
 impl Running {
@@ -237,7 +242,9 @@ pub fn run_engine(arg: &str, options: EngineOptions, exec: &Exec, ui: &Ui) -> Re
 
 fn pack(checkpoint: Checkpoint, arg: &str, options: EngineOptions, exec: &Exec) -> Result<Running> {
     let engine = Engine::load(exec, &checkpoint, options).with_context(|| format!("loading {arg}"))?;
-    Ok(Running { checkpoint, engine })
+    let weights = options.weights.map_or("stored".to_string(), |dtype| dtype.name().to_ascii_lowercase());
+    let about = RunModel::of(arg, &weights, &engine);
+    Ok(Running { checkpoint, engine, about })
 }
 
 /// A checkpoint and the model in it.
@@ -374,22 +381,6 @@ impl MixerArg {
         };
         Ok(MixerSpec::of(recurrent, window, sinks, config.head_dim))
     }
-}
-
-/// The learning curves of the metrics in a recipe's work folder, as far as they are there.
-pub fn learning_curves(files: &Files) -> Vec<Curve> {
-    let curve = |path: &Path, name: &str, y: &str| {
-        let text = std::fs::read_to_string(path).ok()?;
-        let points: Vec<(f64, f64)> = text
-            .lines()
-            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-            .filter_map(|v| Some((v.get("tokens")?.as_f64()?, v.get(y)?.as_f64()?)))
-            .collect();
-        Some(Curve { name: name.into(), x_label: "tokens".into(), y_label: y.into(), points })
-    };
-    let align = curve(&files.align_metrics, "align: relative error of the heads", "error");
-    let heal = curve(&files.heal_metrics, "heal: loss", "loss");
-    align.into_iter().chain(heal).collect()
 }
 
 /// Prints pretty JSON to stdout.

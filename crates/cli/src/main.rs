@@ -5,6 +5,7 @@ mod allocator;
 mod commands;
 mod common;
 mod hints;
+mod run;
 mod ui;
 
 use clap::{Parser, Subcommand};
@@ -37,6 +38,7 @@ enum Command {
     Chat(commands::chat::Args),
     Eval(commands::eval::Args),
     Bench(commands::bench::Args),
+    Report(commands::report::Args),
     BenchTrain(commands::bench_train::Args),
     TrainMqar(commands::train_mqar::Args),
     Doctor(commands::doctor::Args),
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => commands::chat::run(&args, &mut ui),
         Command::Eval(args) => commands::eval::run(&args, &mut ui),
         Command::Bench(args) => commands::bench::run(&args, &mut ui),
+        Command::Report(args) => commands::report::run(&args, &mut ui),
         Command::BenchTrain(args) => commands::bench_train::run(&args, &mut ui),
         Command::TrainMqar(args) => commands::train_mqar::run(&args, &mut ui),
         Command::Doctor(args) => commands::doctor::run(&args, &mut ui),

@@ -15,6 +15,7 @@ pub mod passkey;
 pub mod quality;
 pub mod report;
 pub mod ruler;
+pub mod run;
 pub mod text;
 
 pub use error::{EvalError, Result};

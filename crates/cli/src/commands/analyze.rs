@@ -1,9 +1,11 @@
 //! `analyze`: head statistics and criteria.
 
 use crate::common::{DataArgs, ExecArgs, Loaded, check_context, check_output, documents, load, usage};
+use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::{Report, number};
+use eval::run::RunInfo;
 use std::path::PathBuf;
 use surgery::criteria::{self, DuoOptions, Needle, NeedlePrompt, States};
 use surgery::stats::{AnalyzeOptions, SinkChoice, analyze};
@@ -162,12 +164,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     heads.write(&args.out)?;
     states.remove()?;
     if let Some(path) = &args.html {
-        let report = Report {
-            title: format!("Heads of {}", args.model),
-            heads: Some(heads.clone()),
-            commands: vec![std::env::args().collect::<Vec<_>>().join(" ")],
-            ..Report::default()
-        };
+        let mut report = Report::from_files(&[&args.out])?;
+        report.title = format!("Heads of {}", args.model);
+        for source in &mut report.sources {
+            source.run = Some(RunInfo { seeds: vec![args.seed], ..run_info(&exec) });
+        }
         report.write_html(path)?;
     }
     let ratios: Vec<f64> =

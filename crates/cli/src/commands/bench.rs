@@ -1,6 +1,7 @@
 //! `bench`: speed and memory against depth.
 
-use crate::common::{EngineArgs, ExecArgs, Running, print_json, run_engine};
+use crate::common::{EngineArgs, ExecArgs, Running, run_engine};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::bench::{BenchOptions, BenchResult, bench};
@@ -46,7 +47,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         decode_steps: args.decode_steps,
         ..BenchOptions::default()
     };
-    let measure = |running: Running, ui: &mut Ui| -> Result<Vec<BenchResult>> {
+    let mut models = Vec::new();
+    let mut measure = |running: Running, ui: &mut Ui| -> Result<Vec<BenchResult>> {
+        models.push(running.about);
         let mut model = running.engine;
         if args.beyond_context {
             model.context_limit = usize::MAX;
@@ -64,7 +67,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         if let (Some(results), Some(name)) = (&base, &args.base) {
             value["base"] = json!({"model": name, "results": results});
         }
-        return print_json(&value);
+        return print_results(&exec, value, models, &[options.seed]);
     }
     println!("{} threads, {}", exec.threads(), exec.isa().name());
     println!(

@@ -1,6 +1,7 @@
 //! `doctor`: what this CPU has, what is used, how fast it is.
 
 use crate::common::{ExecArgs, print_json};
+use crate::run::cpu_name;
 use crate::ui::Ui;
 use anyhow::Result;
 use kernels::quant::Dtype;
@@ -59,11 +60,4 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     println!("8-bit GEMM    {q8_gemm:.0} GOP/s");
     println!("memory read   {memory:.1} GB/s");
     Ok(())
-}
-
-/// The CPU's name where the operating system tells it in a file.
-fn cpu_name() -> Option<String> {
-    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = info.lines().find(|line| line.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_string())
 }

@@ -6,9 +6,8 @@ mod likelihood;
 mod pair;
 mod tasks;
 
-use crate::common::{
-    DataArgs, EngineArgs, ExecArgs, check_context, documents, print_json, run_engine, usage,
-};
+use crate::common::{DataArgs, EngineArgs, ExecArgs, check_context, documents, run_engine, usage};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
 use clap::Subcommand;
@@ -143,7 +142,8 @@ fn text(args: &TextArgs, divergence: bool, ui: &mut Ui) -> Result<()> {
             value["base"] = serde_json::to_value(other)?;
         }
         value["context"] = json!(args.context);
-        return print_json(&value);
+        let models = [Some(&model), base.as_ref()].into_iter().flatten().map(|m| m.about.clone());
+        return print_results(&exec, value, models.collect(), &[]);
     }
     table(&results, divergence);
     Ok(())

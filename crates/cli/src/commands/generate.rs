@@ -1,6 +1,7 @@
 //! `generate`: continues a prompt.
 
-use crate::common::{EngineArgs, ExecArgs, Running, print_json, usage};
+use crate::common::{EngineArgs, ExecArgs, Running, usage};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use kernels::Exec;
@@ -129,11 +130,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let stopped = text.as_ref().is_some_and(StopStream::stopped);
     let (rest, text) = text.map(StopStream::finish).transpose()?.unzip();
     if args.json {
-        return print_json(&json!({
-            "text": text, "tokens": ids, "prompt_tokens": prompt.len(),
+        let given = tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&prompt, true)).transpose()?;
+        let value = json!({
+            "prompt": given, "text": text, "tokens": ids, "prompt_tokens": prompt.len(),
             "finish": if stopped { "stop" } else { finish_name(finish) },
             "first_token_s": first_token, "seconds": seconds, "cache_bytes": cache.bytes(), "cache_tokens": cache.len(),
-        }));
+        });
+        return print_results(&exec, value, vec![running.about.clone()], &[args.sampling.seed]);
     }
     writeln!(out, "{}", rest.unwrap_or_default())?;
     let decode = (ids.len().max(1) - 1) as f64 / (seconds - first_token.unwrap_or(seconds)).max(1e-9);

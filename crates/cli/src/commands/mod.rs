@@ -16,5 +16,6 @@ pub mod inspect;
 pub mod logits;
 pub mod plan;
 pub mod quickstart;
+pub mod report;
 pub mod sinks;
 pub mod train_mqar;

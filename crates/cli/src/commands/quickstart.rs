@@ -2,12 +2,14 @@
 
 mod setup;
 
-use crate::common::{Loaded, MixerArg, TrainExecArgs, learning_curves, load, usage};
+use crate::common::{Loaded, MixerArg, TrainExecArgs, load, usage};
+use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::{Context, Result, anyhow};
 use eval::bench::{BenchOptions, BenchResult, bench};
 use eval::quality::evaluate;
-use eval::report::{Generation, Report, VariantRow};
+use eval::report::{Generation, QuickstartResults, Report, VariantRow};
+use eval::run::{RunInfo, RunModel};
 use eval::text::{WindowOptions, windows};
 use kernels::Exec;
 use kernels::kv::KvType;
@@ -22,13 +24,16 @@ use surgery::{HeadBank, HeadsReport, select};
 use train::TrainError;
 use train::data::Document;
 use train::recipe::{
-    self, ALIGN, Align, Analyze, Budget, DEFAULT, Files, Heal, Mixer, Numbering, Recipe, Run, Seeds,
+    self, ALIGN, Align, Analyze, Budget, DEFAULT, Heal, Mixer, Numbering, Recipe, Run, Seeds,
 };
 
 /// What models are compared in: close enough to f32 that the differences between models stand far above the rounding.
 const JUDGED: EngineOptions = EngineOptions { weights: Some(Dtype::BF16), kv_type: KvType::F32 };
 /// What models are timed and generate in: as users run them.
 const TIMED: EngineOptions = EngineOptions { weights: Some(Dtype::Q8_0), kv_type: KvType::F16 };
+
+/// [`TIMED`]'s weights by name.
+const TIMED_WEIGHTS: &str = "q8_0";
 
 /// Run the whole pipeline on a real model: fetch, analyze, align, plan, convert, heal, evaluate, generate.
 ///
@@ -128,9 +133,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         text: settings.text_name(),
         continued: settings.continued,
     };
-    let mut report = quickstart.compare(&made.heads, &bank, &made.plan, &made.healed, ui)?;
-    quickstart.generations(&made.healed, &mut report, ui)?;
-    quickstart.finish(report, made.heads, made.plan, clock.elapsed().as_secs_f64(), ui)
+    let mut results = quickstart.compare(&made.heads, &bank, &made.plan, &made.healed, ui)?;
+    quickstart.generations(&made.healed, &mut results, ui)?;
+    quickstart.finish(results, &made.plan, clock.elapsed().as_secs_f64(), ui)
 }
 
 /// The default recipe with budgets of a few minutes.
@@ -173,7 +178,7 @@ impl Quickstart<'_> {
         plan: &HeadPlan,
         healed: &Model,
         ui: &mut Ui,
-    ) -> Result<Report> {
+    ) -> Result<QuickstartResults> {
         ui.say("[7/8] evaluate: held-out text, cache, speed");
         let base = &self.base.model;
         let config = &base.config;
@@ -213,12 +218,13 @@ impl Quickstart<'_> {
         let refs: Vec<&Engine> = judged.iter().collect();
         let qualities = evaluate(&self.exec, Some(refs[0]), &refs, &texts, ui)?;
         drop(judged);
-        let mut report = Report::default();
+        let mut results = QuickstartResults::default();
         for ((name, description, model), quality) in models.into_iter().zip(qualities) {
             // Healing changes values, not structure: the unhealed twin would only be timed twice.
             let mut engine = Engine::from_model(&self.exec, &model, TIMED)?;
             let speeds = if name == UNHEALED { Vec::new() } else { self.speed(&mut engine, ui)? };
-            report.variants.push(VariantRow {
+            results.run.models.push(RunModel::of(name, TIMED_WEIGHTS, &engine));
+            results.models.push(VariantRow {
                 name: name.into(),
                 description: description.into(),
                 converted: model.plan.converted(),
@@ -231,7 +237,7 @@ impl Quickstart<'_> {
                 files: quality.files,
             });
         }
-        Ok(report)
+        Ok(results)
     }
 
     /// Decode speed at 2k and 8k tokens, also beyond the trained length: only speed is asked for.
@@ -241,7 +247,7 @@ impl Quickstart<'_> {
         Ok(bench(&self.exec, engine, &options, ui)?)
     }
 
-    fn generations(&self, healed: &Model, report: &mut Report, ui: &mut Ui) -> Result<()> {
+    fn generations(&self, healed: &Model, results: &mut QuickstartResults, ui: &mut Ui) -> Result<()> {
         ui.say("[8/8] generate");
         let tokenizer = self.base.tokenizer()?;
         let engine = |model| Engine::from_model(&self.exec, model, TIMED);
@@ -272,22 +278,21 @@ impl Quickstart<'_> {
             texts
                 .iter()
                 .for_each(|(name, text)| ui.say(&format!("    {name:>13}: {}", text.replace('\n', " "))));
-            report.generations.push(Generation { prompt: prompt.into(), texts });
+            results.generations.push(Generation { prompt: prompt.into(), texts });
         }
         Ok(())
     }
 
     fn finish(
         &self,
-        mut report: Report,
-        heads: HeadsReport,
-        plan: HeadPlan,
+        mut results: QuickstartResults,
+        plan: &HeadPlan,
         seconds: f64,
         ui: &mut Ui,
     ) -> Result<()> {
         let args = self.args;
-        report.title = format!("RecurFormer on {}", args.model);
-        report.summary = format!(
+        results.title = format!("RecurFormer on {}", args.model);
+        results.summary = format!(
             "{} of {} KV groups of {} became recurrent. Replacement heads were trained on {} tokens, the hybrid healed on {}; all figures are from \
              held-out parts of {} (at most {} tokens a file) and from this machine, {}.",
             plan.converted(),
@@ -303,22 +308,15 @@ impl Quickstart<'_> {
                 format!("in {:.1} minutes", seconds / 60.0)
             }
         );
-        report.curves = learning_curves(&Files::of(&args.out));
-        report.commands = vec![std::env::args().collect::<Vec<_>>().join(" ")];
-        report.environment = vec![
-            ("recurformer".into(), env!("CARGO_PKG_VERSION").into()),
-            ("text".into(), self.text.clone()),
-            ("instruction set".into(), self.exec.isa().name().into()),
-            ("threads".into(), self.exec.threads().to_string()),
-            ("seconds".into(), format!("{seconds:.0}")),
-        ];
-        (report.heads, report.plan) = (Some(heads), Some(plan));
+        results.text.clone_from(&self.text);
+        let models = std::mem::take(&mut results.run.models);
+        results.run = RunInfo { seeds: vec![args.seed], models, ..run_info(&self.exec) };
+        weights::files::atomic_write(&self.path("results.json"), &serde_json::to_vec_pretty(&results)?)?;
+        let report = Report::from_files(&[&args.out])?;
         report.write_html(&self.path("report.html"))?;
-        weights::files::atomic_write(
-            &self.path("results.json"),
-            &serde_json::to_vec_pretty(&report.variants)?,
-        )?;
-        println!("{}", report.to_markdown());
+        for comparison in &report.comparisons {
+            println!("{}", comparison.table().to_markdown());
+        }
         println!("text: {}", self.text);
         ui.say(&format!(
             "done in {:.1} minutes; open {}",

@@ -70,8 +70,15 @@ fn a_lower_beta_is_the_conversion_for_it() {
 fn every_command_takes_a_beta() {
     let work = with_hybrids("mamba2");
     let same = |line: &str| {
-        let [found, expected] =
+        let [mut found, mut expected] =
             ["wide --beta 0.25", "narrow"].map(|model| work.ok_json(&line.replace("MODEL", model)));
+        // What was run differs, by its name; what it was does not.
+        let run = [&mut found, &mut expected].map(|value| value.as_object_mut().unwrap().remove("run"));
+        let [found_run, expected_run] = run.map(Option::unwrap);
+        for of in ["converted", "total", "cache_bytes_8k", "weights", "kv_type"] {
+            assert_eq!(found_run["models"][0][of], expected_run["models"][0][of], "{line} {of}");
+        }
+        assert_eq!(found_run["models"][0]["name"], "wide at beta 0.25");
         assert_eq!(found, expected, "{line}");
     };
     same("eval ppl --model MODEL --data data.npy --context 64 --max-tokens 256 --json");

@@ -12,6 +12,7 @@ mod mqar;
 mod pipeline;
 mod quickstart;
 mod recipe;
+mod report;
 #[cfg(unix)]
 mod resume;
 mod sinks;

@@ -22,7 +22,12 @@ fn a_small_model_and_text() {
     let html = String::from_utf8(work.read("qs/report.html")).unwrap();
     assert!(html.contains("</html>") && html.contains("ours, healed"));
     let results = work.json("qs/results.json");
-    check(&results);
+    check(&results["models"]);
+    assert_eq!(results["run"]["models"].as_array().unwrap().len(), 6);
+    assert_eq!(results["generations"].as_array().unwrap().len(), 2);
+    // The report command makes the same page of the folder.
+    work.ok("report qs --out again.html");
+    assert!(work.read("again.html") == work.read("qs/report.html"));
 
     // Once more: everything is found; what does not depend on time comes out the same.
     let healed = work.read("qs/healed/model.safetensors");
@@ -32,7 +37,8 @@ fn a_small_model_and_text() {
     }
     assert!(work.read("qs/healed/model.safetensors") == healed);
     let again = work.json("qs/results.json");
-    for (a, b) in results.as_array().unwrap().iter().zip(again.as_array().unwrap()) {
+    let rows = |results: &Value| results["models"].as_array().unwrap().clone();
+    for (a, b) in rows(&results).iter().zip(&rows(&again)) {
         for field in ["name", "ppl", "kl", "cache_bytes_8k"] {
             assert_eq!(a[field], b[field]);
         }

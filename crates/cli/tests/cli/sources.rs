@@ -2,7 +2,7 @@
 
 use crate::common::Work;
 
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "quickstart",
     "fetch",
     "inspect",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 17] = [
     "chat",
     "eval",
     "bench",
+    "report",
     "bench-train",
     "doctor",
 ];

@@ -1,16 +1,26 @@
-//! One self-contained HTML page from any set of results: no network, works from `file://`, light and dark.
-//! The page is a fixed template; results travel inside it as JSON and are drawn as SVG by the page's own script.
+//! One self-contained HTML page, or Markdown, from any set of result files: no network, works from `file://`, light and dark.
+//! The page is a fixed template; results travel inside it as JSON and are drawn as SVG by the page's own script. Knows files and pages; measures nothing.
 
-use crate::error::{EvalError, Result};
+mod format;
+mod markdown;
+mod page;
+mod read;
+#[cfg(test)]
+mod testing;
+
+pub(crate) use format::escape;
+pub use format::{bytes, number};
+pub use read::{QuickstartResults, Reader};
+
+use crate::answers::Score;
+use crate::error::Result;
 use crate::quality::FileQuality;
+use crate::run::RunInfo;
 use model::HeadPlan;
+use model::plan::PlanModel;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use surgery::HeadsReport;
-
-const TEMPLATE: &str = include_str!("page.html");
-const STYLE: &str = include_str!("page.css");
-const SCRIPT: &str = include_str!("page.js");
 
 /// One model of a comparison. Absent measurements are shown as dashes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -21,7 +31,7 @@ pub struct VariantRow {
     pub description: String,
     /// KV groups converted.
     pub converted: usize,
-    /// KV groups in all.
+    /// KV groups in all; 0 where that is not known.
     pub total: usize,
     /// Held-out perplexity, geometric mean over files.
     pub ppl: Option<f64>,
@@ -29,15 +39,110 @@ pub struct VariantRow {
     pub kl: Option<f64>,
     /// Share of positions where the best token is the base's.
     pub top1_agreement: Option<f64>,
-    /// Cache bytes after 8192 tokens.
+    /// Bytes of an f16 cache after 8192 tokens.
     pub cache_bytes_8k: Option<usize>,
     /// Decode tokens per second, `(depth, rate)`.
+    #[serde(default)]
     pub decode_tok_s: Vec<(usize, f64)>,
     /// Perplexity by file.
+    #[serde(default)]
     pub files: Vec<FileQuality>,
 }
 
-/// A line of a chart.
+impl VariantRow {
+    /// Whether this is known to be an unconverted model.
+    pub fn is_base(&self) -> bool {
+        self.total > 0 && self.converted == 0
+    }
+}
+
+/// Models judged on the same text.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// What they were judged on.
+    pub title: String,
+    /// How, in a sentence; may be empty.
+    pub note: String,
+    /// The models.
+    pub rows: Vec<VariantRow>,
+}
+
+/// Scores of several models on one long-range task.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TaskTable {
+    /// The task.
+    pub title: String,
+    /// One row per model.
+    pub rows: Vec<TaskRow>,
+}
+
+/// One model on a task.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TaskRow {
+    /// Name of the model.
+    pub model: String,
+    /// `(context in tokens, score)`, by context.
+    pub scores: Vec<(usize, Score)>,
+}
+
+/// Speeds and caches measured under the same conditions.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SpeedTable {
+    /// The conditions.
+    pub title: String,
+    /// One per model.
+    pub series: Vec<SpeedSeries>,
+}
+
+/// One model's speed and cache against depth.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SpeedSeries {
+    /// Name of the model.
+    pub name: String,
+    /// By depth.
+    pub points: Vec<SpeedPoint>,
+}
+
+/// Speed and cache at one depth.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SpeedPoint {
+    /// Tokens in the cache.
+    pub depth: usize,
+    /// Tokens per second from an empty cache to `depth`.
+    pub prefill_tok_s: Option<f64>,
+    /// Tokens per second of decoding at `depth`.
+    pub decode_tok_s: Option<f64>,
+    /// Cache bytes at `depth`.
+    pub cache_bytes: Option<usize>,
+}
+
+/// A table of finished text.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Table {
+    /// Heading.
+    pub title: String,
+    /// A sentence below it.
+    pub note: String,
+    /// Column heads.
+    pub columns: Vec<String>,
+    /// Cells, as many in each row as columns.
+    pub rows: Vec<Vec<String>>,
+}
+
+/// Head statistics of a model and plans for it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeadMap {
+    /// Where the statistics come from.
+    pub title: String,
+    /// The model.
+    pub model: PlanModel,
+    /// Its statistics; absent where only plans were given.
+    pub heads: Option<HeadsReport>,
+    /// `(name, plan)`, each drawn over the map when chosen.
+    pub plans: Vec<(String, HeadPlan)>,
+}
+
+/// A line of a chart; lines with the same labels share one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Curve {
     /// Name in the legend.
@@ -48,6 +153,8 @@ pub struct Curve {
     pub y_label: String,
     /// `(x, y)`.
     pub points: Vec<(f64, f64)>,
+    /// Steps that each point is the mean of.
+    pub steps_per_point: usize,
 }
 
 /// One prompt continued by several models.
@@ -59,6 +166,19 @@ pub struct Generation {
     pub texts: Vec<(String, String)>,
 }
 
+/// A file that the page was made of.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SourceFile {
+    /// Its path as it was given.
+    pub path: String,
+    /// What it is.
+    pub kind: String,
+    /// `(name, value)` of what it says of itself.
+    pub facts: Vec<(String, String)>,
+    /// The run that made it, where it tells.
+    pub run: Option<RunInfo>,
+}
+
 /// Everything a page can show; empty parts are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -66,147 +186,43 @@ pub struct Report {
     pub title: String,
     /// A paragraph below it.
     pub summary: String,
-    /// Head statistics.
-    pub heads: Option<HeadsReport>,
-    /// The plan, drawn over the head maps.
-    pub plan: Option<HeadPlan>,
-    /// The comparison.
-    pub variants: Vec<VariantRow>,
+    /// Quality, by text.
+    pub comparisons: Vec<Comparison>,
+    /// Long-range tasks.
+    pub tasks: Vec<TaskTable>,
+    /// Speed and cache against depth, by conditions.
+    pub speeds: Vec<SpeedTable>,
+    /// Other tables.
+    pub tables: Vec<Table>,
+    /// Head maps.
+    pub maps: Vec<HeadMap>,
     /// Learning curves.
     pub curves: Vec<Curve>,
     /// Generations side by side.
     pub generations: Vec<Generation>,
-    /// Commands that reproduce the page.
-    pub commands: Vec<String>,
-    /// Versions and machine facts, `(name, value)`.
-    pub environment: Vec<(String, String)>,
+    /// Where everything comes from.
+    pub sources: Vec<SourceFile>,
 }
 
 impl Report {
-    /// The page.
-    pub fn to_html(&self) -> Result<String> {
-        let json = serde_json::to_string(self).map_err(|e| EvalError::Argument(format!("report: {e}")))?;
-        // Inside a script element only `<` can end the element or open a comment.
-        let json = json.replace('<', "\\u003c").replace('\u{2028}', "\\u2028").replace('\u{2029}', "\\u2029");
-        Ok(TEMPLATE
-            .replace("{{title}}", &escape(&self.title))
-            .replace("{{style}}", STYLE)
-            .replace("{{script}}", SCRIPT)
-            .replace("{{data}}", &json))
+    /// Everything in `paths`, each recognised by its content; a folder stands for the result files in it.
+    ///
+    /// # Errors
+    /// [`EvalError::File`](crate::EvalError::File) naming the file that cannot be read, is none of the known kinds, or is malformed.
+    pub fn from_files<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
+        let mut reader = Reader::default();
+        for path in paths {
+            reader.add(path.as_ref())?;
+        }
+        Ok(reader.finish())
     }
 
     /// Writes the page atomically.
+    ///
+    /// # Errors
+    /// [`EvalError::Weights`](crate::EvalError::Weights) when the file cannot be written.
     pub fn write_html(&self, path: &Path) -> Result<()> {
         weights::files::atomic_write(path, self.to_html()?.as_bytes())?;
         Ok(())
-    }
-
-    /// The comparison as a GitHub-flavoured Markdown table.
-    pub fn to_markdown(&self) -> String {
-        let depths: Vec<usize> =
-            self.variants.first().map(|v| v.decode_tok_s.iter().map(|d| d.0).collect()).unwrap_or_default();
-        let mut out = String::from(
-            "| model | groups converted | perplexity | KL to base | top-1 agreement | cache at 8k |",
-        );
-        depths.iter().for_each(|d| out.push_str(&format!(" decode tok/s at {d} |")));
-        out.push_str("\n|---|---|---|---|---|---|");
-        depths.iter().for_each(|_| out.push_str("---|"));
-        out.push('\n');
-        for v in &self.variants {
-            let dash = || "–".to_string();
-            out.push_str(&format!(
-                "| {} | {}/{} | {} | {} | {} | {} |",
-                v.name,
-                v.converted,
-                v.total,
-                v.ppl.map_or_else(dash, number),
-                v.kl.map_or_else(dash, |x| format!("{x:.4}")),
-                v.top1_agreement.map_or_else(dash, |x| format!("{:.1} %", 100.0 * x)),
-                v.cache_bytes_8k.map_or_else(dash, bytes),
-            ));
-            for depth in &depths {
-                let rate = v.decode_tok_s.iter().find(|d| d.0 == *depth);
-                out.push_str(&format!(" {} |", rate.map_or_else(dash, |d| format!("{:.1}", d.1))));
-            }
-            out.push('\n');
-        }
-        out
-    }
-}
-
-/// Bytes with a binary unit.
-pub fn bytes(n: usize) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = n as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
-}
-
-/// A positive number with about four significant digits.
-pub fn number(x: f64) -> String {
-    if !x.is_finite() {
-        return x.to_string();
-    }
-    match x.abs() {
-        a if a >= 1e6 => format!("{x:.2e}"),
-        a if a >= 1000.0 => format!("{x:.0}"),
-        a if a >= 100.0 => format!("{x:.1}"),
-        a if a >= 10.0 => format!("{x:.2}"),
-        _ => format!("{x:.3}"),
-    }
-}
-
-pub(crate) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hostile_text_cannot_leave_its_script_element() {
-        let report = Report {
-            title: "<b>x</b>".into(),
-            generations: vec![Generation { prompt: "</script><script>alert(1)".into(), texts: vec![] }],
-            ..Report::default()
-        };
-        let html = report.to_html().unwrap();
-        assert!(!html.contains("</script><script>alert"));
-        assert!(html.contains("&lt;b&gt;x"));
-    }
-
-    #[test]
-    fn the_page_needs_no_network() {
-        let html = Report::default().to_html().unwrap();
-        for marker in ["src=", "@import", "url(", "<link"] {
-            assert!(!html.contains(marker), "{marker}");
-        }
-        assert!(!html.contains("{{"), "an unfilled placeholder is left");
-    }
-
-    #[test]
-    fn markdown_has_a_cell_for_every_column() {
-        let row = VariantRow {
-            name: "base".into(),
-            ppl: Some(24.5),
-            decode_tok_s: vec![(2048, 30.0), (8192, 10.0)],
-            ..VariantRow::default()
-        };
-        let text = Report { variants: vec![row], ..Report::default() }.to_markdown();
-        let cells: Vec<usize> = text.lines().map(|l| l.matches('|').count()).collect();
-        assert_eq!(cells, [9, 9, 9]);
-    }
-
-    #[test]
-    fn sizes_read_well() {
-        assert_eq!(bytes(1023), "1023 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
-        assert_eq!(number(24.591), "24.59");
-        assert_eq!(number(f64::INFINITY), "inf");
     }
 }

@@ -1,6 +1,6 @@
 //! `eval induction`: random tokens that return, model and base in one run.
 
-use super::pair::PairArgs;
+use super::pair::{Measured, PairArgs};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::induction::{InductionResult, InductionTest, induction};
@@ -45,12 +45,13 @@ pub fn run_induction(args: &InductionArgs, ui: &mut Ui) -> Result<()> {
         cue: *cue,
         seed: *seed,
     };
-    let (results, base) = pair.measure(ui, |exec, running, ui| {
+    let measured = pair.measure(ui, |exec, running, ui| {
         Ok(induction(exec, &running.engine, &running.tokenizer()?, &test, ui)?)
     })?;
-    if pair.printed(&results, base.as_ref(), json!({"seed": seed, "span": span, "cue": cue}))? {
+    if pair.printed(&measured, json!({"seed": seed, "span": span, "cue": cue}), &[*seed])? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     let columns =
         |name: &str| format!(" {:>31} {:>13} {:>15}", format!("{name}: tokens (95 %)"), "loss", "first");
     let beside = if base.is_some() { columns("base") } else { String::new() };

@@ -1,6 +1,6 @@
 //! `eval choice` and `eval lastword`: log-likelihoods of what may follow, model and base in one run.
 
-use super::pair::PairArgs;
+use super::pair::{Measured, PairArgs};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::choice::{ChoiceTest, choice};
@@ -57,7 +57,7 @@ pub struct LastWordArgs {
 pub fn run_choice(args: &ChoiceArgs, ui: &mut Ui) -> Result<()> {
     let FileArgs { pair, data, limit, details } = &args.file;
     let test = ChoiceTest::read(data, *limit)?;
-    let (result, base) = pair.measure(ui, |exec, running, ui| {
+    let measured = pair.measure(ui, |exec, running, ui| {
         let mut result = choice(exec, &running.engine, &running.tokenizer()?, &test, ui)?;
         note_truncated(ui, result.truncated, "choices");
         if !details {
@@ -65,9 +65,10 @@ pub fn run_choice(args: &ChoiceArgs, ui: &mut Ui) -> Result<()> {
         }
         Ok(result)
     })?;
-    if pair.printed(&result, base.as_ref(), json!({"data": data}))? {
+    if pair.printed(&measured, json!({"data": data}), &[])? {
         return Ok(());
     }
+    let Measured { results: result, base, .. } = measured;
     header(result.items, base.is_some());
     row("acc", result.acc, base.as_ref().map(|b| b.acc));
     row("acc_norm", result.acc_norm, base.as_ref().map(|b| b.acc_norm));
@@ -79,7 +80,7 @@ pub fn run_choice(args: &ChoiceArgs, ui: &mut Ui) -> Result<()> {
 pub fn run_lastword(args: &LastWordArgs, ui: &mut Ui) -> Result<()> {
     let FileArgs { pair, data, limit, details } = &args.file;
     let test = LastWordTest::read(data, *limit)?;
-    let (result, base) = pair.measure(ui, |exec, running, ui| {
+    let measured = pair.measure(ui, |exec, running, ui| {
         let mut result = lastword(exec, &running.engine, &running.tokenizer()?, &test, ui)?;
         note_truncated(ui, result.truncated, "texts");
         if !details {
@@ -87,9 +88,10 @@ pub fn run_lastword(args: &LastWordArgs, ui: &mut Ui) -> Result<()> {
         }
         Ok(result)
     })?;
-    if pair.printed(&result, base.as_ref(), json!({"data": data}))? {
+    if pair.printed(&measured, json!({"data": data}), &[])? {
         return Ok(());
     }
+    let Measured { results: result, base, .. } = measured;
     header(result.items, base.is_some());
     row("acc", result.acc, base.as_ref().map(|b| b.acc));
     row("perplexity", result.perplexity, base.as_ref().map(|b| b.perplexity));

@@ -1,8 +1,10 @@
 //! A model and its base, measured one after the other in one run.
 
-use crate::common::{EngineArgs, ExecArgs, Running, print_json, run_engine};
+use crate::common::{EngineArgs, ExecArgs, Running, run_engine};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
+use eval::run::RunModel;
 use kernels::Exec;
 use model::EngineOptions;
 use serde::Serialize;
@@ -26,36 +28,44 @@ pub struct PairArgs {
     exec: ExecArgs,
 }
 
+/// What was found of a model and its base.
+pub struct Measured<T> {
+    exec: Exec,
+    models: Vec<RunModel>,
+    pub results: T,
+    pub base: Option<T>,
+}
+
 impl PairArgs {
     /// Measures the model and then the base, each loaded in its turn.
     pub fn measure<T>(
         &self,
         ui: &mut Ui,
         mut run: impl FnMut(&Exec, &Running, &mut Ui) -> Result<T>,
-    ) -> Result<(T, Option<T>)> {
+    ) -> Result<Measured<T>> {
         let (exec, defaults) = (self.exec.exec()?, EngineOptions::EXACT);
-        let result = run(&exec, &self.engine.run(&self.model, defaults, &exec, ui)?, ui)?;
+        let mut models = Vec::new();
+        let mut measured = |running: Running, ui: &mut Ui| {
+            models.push(running.about.clone());
+            run(&exec, &running, ui)
+        };
+        let results = measured(self.engine.run(&self.model, defaults, &exec, ui)?, ui)?;
         let base = match &self.base {
-            Some(name) => Some(run(&exec, &run_engine(name, self.engine.options(defaults), &exec, ui)?, ui)?),
+            Some(name) => Some(measured(run_engine(name, self.engine.options(defaults), &exec, ui)?, ui)?),
             None => None,
         };
-        Ok((result, base))
+        Ok(Measured { exec, models, results, base })
     }
 
     /// Prints results as JSON when asked to, with `facts` about the test beside them; says whether it did.
-    pub fn printed(
-        &self,
-        results: &impl Serialize,
-        base: Option<&impl Serialize>,
-        facts: Value,
-    ) -> Result<bool> {
+    pub fn printed<T: Serialize>(&self, measured: &Measured<T>, facts: Value, seeds: &[u64]) -> Result<bool> {
         if self.json {
             let mut value = facts;
-            value["results"] = serde_json::to_value(results)?;
-            if let Some(base) = base {
+            value["results"] = serde_json::to_value(&measured.results)?;
+            if let Some(base) = &measured.base {
                 value["base"] = json!({"results": base});
             }
-            print_json(&value)?;
+            print_results(&measured.exec, value, measured.models.clone(), seeds)?;
         }
         Ok(self.json)
     }

@@ -1,6 +1,6 @@
 //! `eval passkey`, `eval hashhop`, `eval ruler`: generated tasks, model and base in one run.
 
-use super::pair::PairArgs;
+use super::pair::{Measured, PairArgs};
 use crate::common::check_context;
 use crate::ui::Ui;
 use anyhow::Result;
@@ -100,7 +100,7 @@ impl ModelArgs {
         &self,
         ui: &mut Ui,
         mut run: impl FnMut(&Exec, &Engine, &Tokenizer, &mut Ui) -> eval::Result<T>,
-    ) -> Result<(T, Option<T>)> {
+    ) -> Result<Measured<T>> {
         self.pair.measure(ui, |exec, running, ui| {
             for &context in &self.contexts {
                 check_context(&running.engine.config, context)?;
@@ -110,8 +110,8 @@ impl ModelArgs {
     }
 
     /// Prints results as JSON when asked to; says whether it did.
-    fn printed(&self, results: &impl Serialize, base: Option<&impl Serialize>) -> Result<bool> {
-        self.pair.printed(results, base, json!({"seed": self.seed}))
+    fn printed<T: Serialize>(&self, measured: &Measured<T>) -> Result<bool> {
+        self.pair.printed(measured, json!({"seed": self.seed}), &[self.seed])
     }
 }
 
@@ -120,11 +120,12 @@ pub fn run_passkey(args: &PasskeyArgs, ui: &mut Ui) -> Result<()> {
     let models = &args.models;
     let options =
         PasskeyOptions { contexts: models.contexts.clone(), samples: args.samples, seed: models.seed };
-    let (results, base) =
+    let measured =
         models.measure(ui, |exec, model, tokenizer, ui| passkey(exec, model, tokenizer, &options, ui))?;
-    if models.printed(&results, base.as_ref())? {
+    if models.printed(&measured)? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     println!("{:>8} {:>10}{}", "context", "correct", if base.is_some() { "       base" } else { "" });
     for (i, r) in results.iter().enumerate() {
         let beside =
@@ -146,11 +147,12 @@ pub fn run_hashhop(args: &HashHopArgs, ui: &mut Ui) -> Result<()> {
         queries_per_prompt: args.queries,
         seed: models.seed,
     };
-    let (results, base) =
+    let measured =
         models.measure(ui, |exec, model, tokenizer, ui| hashhop(exec, model, tokenizer, &test, ui))?;
-    if models.printed(&results, base.as_ref())? {
+    if models.printed(&measured)? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     header("hops", base.is_some());
     for (i, r) in results.iter().enumerate() {
         row(&r.hops.to_string(), r.context, r.score, base.as_ref().map(|b| b[i].score));
@@ -168,11 +170,12 @@ pub fn run_ruler(args: &RulerArgs, ui: &mut Ui) -> Result<()> {
         samples: args.samples,
         seed: models.seed,
     };
-    let (results, base) =
+    let measured =
         models.measure(ui, |exec, model, tokenizer, ui| ruler(exec, model, tokenizer, &test, ui))?;
-    if models.printed(&results, base.as_ref())? {
+    if models.printed(&measured)? {
         return Ok(());
     }
+    let Measured { results, base, .. } = measured;
     header("task", base.is_some());
     for (i, r) in results.iter().enumerate() {
         row(&r.task, r.context, r.score, base.as_ref().map(|b| b[i].score));

@@ -1,15 +1,19 @@
 //! `heal --recipe`: all stages from a base model to a healed hybrid.
 
 use super::{Args, RecipeArg};
-use crate::common::{check_output, documents, learning_curves, load, print_json, usage};
+use crate::common::{check_output, documents, load, print_json, usage};
+use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use eval::report::{Report, number};
+use eval::run::RunInfo;
+use kernels::Exec;
+use model::HeadPlan;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use train::data::{Split, split_pair};
 use train::recipe::{
-    self, Budget, DEFAULT, Files, Numbering, Outcome, PAPER, Record, Run, Seeds, StageResult, publish,
+    self, Budget, DEFAULT, Files, Numbering, PAPER, Record, Run, Seeds, StageResult, publish,
 };
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
@@ -63,7 +67,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     };
     let mut record = Record::open(&stages, &args.base, &args.data.data, args.resume)?;
     let outcome = recipe::run(&stages, Some(&mut record), ui)?;
-    page(args, &record, outcome).write_html(&work.join("report.html"))?;
+    page(args, &exec, &record, &outcome.plan)?.write_html(&work.join("report.html"))?;
     publish(&work, &record, &args.out)?;
     if args.json {
         return print_json(&record);
@@ -123,22 +127,25 @@ fn lines(result: &StageResult) -> Vec<String> {
     }
 }
 
-fn page(args: &Args, record: &Record, outcome: Outcome) -> Report {
+/// The page of the run's own files.
+fn page(args: &Args, exec: &Exec, record: &Record, plan: &HeadPlan) -> Result<Report> {
+    let files = Files::of(&work_folder(&args.out));
+    let found: Vec<_> = [files.heads, files.plan, files.align_metrics, files.heal_metrics]
+        .into_iter()
+        .filter(|path| path.exists())
+        .collect();
+    let mut report = Report::from_files(&found)?;
     let minutes = record.stages.iter().map(|stage| stage.seconds).sum::<f64>() / 60.0;
-    Report {
-        title: format!("{}, healed", args.base),
-        summary: format!(
-            "{} of {} KV groups of {} became recurrent and were trained on {}, in {minutes:.1} minutes.",
-            outcome.plan.converted(),
-            outcome.plan.total(),
-            args.base,
-            args.data.data.join(", ")
-        ),
-        heads: Some(outcome.heads),
-        plan: Some(outcome.plan),
-        curves: learning_curves(&Files::of(&work_folder(&args.out))),
-        commands: vec![std::env::args().collect::<Vec<_>>().join(" ")],
-        environment: vec![("recurformer".into(), env!("CARGO_PKG_VERSION").into())],
-        ..Report::default()
+    report.title = format!("{}, healed", args.base);
+    report.summary = format!(
+        "{} of {} KV groups of {} became recurrent and were trained on {}, in {minutes:.1} minutes.",
+        plan.converted(),
+        plan.total(),
+        args.base,
+        args.data.data.join(", ")
+    );
+    for source in &mut report.sources {
+        source.run = Some(RunInfo { seeds: vec![args.seed], ..run_info(exec) });
     }
+    Ok(report)
 }

@@ -1,0 +1,404 @@
+//! Every kind of file is recognised and read; wrong and damaged ones are refused by name.
+
+use super::*;
+use crate::answers::Score;
+use crate::bench::BenchResult;
+use crate::hashhop::HashHopResult;
+use crate::passkey::PasskeyResult;
+use crate::report::testing::ATTACK;
+use crate::ruler::RulerResult;
+use crate::run::RunModel;
+use model::HeadPlan;
+use model::plan::{GroupMixer, PlanModel};
+use proptest::prelude::*;
+use serde_json::json;
+use surgery::HeadsReport;
+use surgery::stats::{GroupStats, HeadStats, LayerHeads};
+use weights::ModelConfig;
+
+fn config() -> ModelConfig {
+    let json = json!({
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "eos_token_id": 2
+    });
+    ModelConfig::from_hf_json(&json).unwrap()
+}
+
+fn heads() -> Value {
+    let head = HeadStats { recency_ratio_64: 0.5, mass_by_distance: vec![0.5, 0.5], ..HeadStats::default() };
+    let group = GroupStats { stats: head.clone(), scores: [("recency".to_string(), 0.5)].into() };
+    let layer = LayerHeads {
+        heads: vec![head; 4],
+        groups: vec![group; 2],
+        similarity: None,
+        head_scores: Default::default(),
+    };
+    let report = HeadsReport {
+        version: 1,
+        model: PlanModel::of(&config()),
+        config: config(),
+        tokens: 512,
+        context: 64,
+        sinks: vec![0],
+        found_sinks: Vec::new(),
+        needle_prompts: None,
+        data_sha256: "0".repeat(64),
+        seed: 0,
+        layers: vec![layer; 2],
+    };
+    serde_json::to_value(report).unwrap()
+}
+
+fn plan() -> Value {
+    let mut plan = HeadPlan::empty(&config());
+    plan.layers[1].groups[0].mixer = GroupMixer::Recurrent;
+    plan.beta = 0.25;
+    plan.to_value()
+}
+
+fn run(names: &[&str]) -> Value {
+    let model = |(i, name): (usize, &&str)| RunModel {
+        name: name.to_string(),
+        weights: "f32".into(),
+        kv_type: "f32".into(),
+        converted: if i == 0 { 1 } else { 0 },
+        total: 4,
+        cache_bytes_8k: 1000 * (i + 1),
+    };
+    let models = names.iter().enumerate().map(model).collect();
+    let info =
+        RunInfo { command: "recurformer eval".into(), version: "0.1.0".into(), models, ..RunInfo::default() };
+    serde_json::to_value(info).unwrap()
+}
+
+fn quality(ppl: f64, kl: f64) -> Value {
+    let file =
+        json!({"name": "book", "ppl": ppl, "nll": 1.0, "kl": kl, "top1_agreement": 0.9, "tokens": 500});
+    json!({"files": [file], "overall": {"ppl": ppl, "kl": kl, "top1_agreement": 0.9, "tokens": 500}})
+}
+
+fn ppl_file(name: &str) -> Value {
+    let mut value = quality(20.0, 0.1);
+    value["base"] = quality(19.0, 0.0);
+    value["base"]["overall"]["top1_agreement"] = json!(1.0);
+    value["context"] = json!(1024);
+    value["run"] = run(&[name, "base"]);
+    value
+}
+
+fn kl_file(name: &str) -> Value {
+    let mut value = quality(21.0, 0.2);
+    value["context"] = json!(1024);
+    value["run"] = run(&[name, "base"]);
+    value
+}
+
+fn bench(model: &str) -> Value {
+    let at = |depth| BenchResult { depth, prefill_tok_s: 100.0, decode_tok_s: 10.0, cache_bytes: depth };
+    json!({"model": model, "threads": 2, "isa": "avx2", "results": [at(512), at(1024)], "base": {"model": "base", "results": [at(512)]}})
+}
+
+fn passkey() -> Value {
+    let at = |context, correct| PasskeyResult { context, correct, samples: 12 };
+    json!({"results": [at(512, 9), at(1024, 3)], "base": {"results": [at(512, 12)]}, "seed": 0, "run": run(&["healed", "base"])})
+}
+
+fn hashhop() -> Value {
+    let score = Score { low: 0.0, high: 9.0, ..Score::new(32, 64) };
+    let cell = |hops| HashHopResult { hops, context: 512, prompts: 8, score };
+    json!({"results": [cell(1), cell(2)], "seed": 0})
+}
+
+fn ruler() -> Value {
+    let cell =
+        RulerResult { task: "niah_single".into(), context: 512, prompts: 20, score: Score::new(5, 20) };
+    json!({"results": [cell], "seed": 0})
+}
+
+fn peers() -> Value {
+    let call = json!([["abc", "python3 peers/compare.py", 0.1]]);
+    json!({
+        "settings": {"format": 1, "machine": "CPU, 2 cores", "threads": 2},
+        "rows": {"sources": call, "flash": {}, "constants": {}, "rounds": [
+            {"ours/base/q8_0/512:decode": 200.0, "ours/base/q8_0/512:cache": 1.0, "llama/decode/q8_0/512:speed": 100.0, "doctor:memory": 28.0},
+            {"ours/base/q8_0/512:decode": 100.0, "llama/decode/q8_0/512:speed": 50.0, "train/torch/full/2x512:speed": 60.0}]},
+        "quality": {"sources": call, "types": {
+            "f32": {"ppl": 24.0, "tokens": 9}, "q8_0": {"prompts": {"ppl": 24.1, "kl": 0.001, "top1_agreement": 0.99, "tokens": 9}}}},
+        "chart": {"sources": call, "models": {"base": [{"depth": 256, "prefill_tok_s": 1.0, "decode_tok_s": 2.0, "cache_bytes": 3}]}}
+    })
+}
+
+fn quickstart() -> Value {
+    let row = |name: &str, converted: usize| crate::report::VariantRow {
+        name: name.into(),
+        converted,
+        total: 4,
+        ppl: Some(20.0),
+        kl: Some(0.01),
+        cache_bytes_8k: Some(1000),
+        decode_tok_s: vec![(2048, 30.0), (8192, 20.0)],
+        ..Default::default()
+    };
+    let results = QuickstartResults {
+        title: "RecurFormer on tiny".into(),
+        text: "book".into(),
+        models: vec![row("base", 0), row("ours", 1)],
+        ..QuickstartResults::default()
+    };
+    serde_json::to_value(results).unwrap()
+}
+
+fn generation(model: &str, text: &str) -> Value {
+    json!({"prompt": "The whale", "text": text, "tokens": [1], "prompt_tokens": 2, "finish": "stop", "run": run(&[model])})
+}
+
+const ALIGN: &str = r#"{"step":1,"tokens":512,"error":0.5,"layers":[0.5],"grad_norms":[1.0],"lr":0.1,"tokens_per_s":9.0}
+{"step":2,"tokens":1024,"error":0.25,"layers":[0.5],"grad_norms":[1.0],"lr":0.1,"tokens_per_s":9.0}
+"#;
+const HEAL: &str = r#"{"step":1,"tokens":512,"loss":0.5,"kl":0.1,"ce":3.0,"lr":0.1,"grad_norm":1.0,"beta":0.5,"tokens_per_s":9.0}
+{"step":2,"tokens":1024,"loss":0.4,"kl":null,"ce":3.0,"lr":0.1,"grad_norm":1.0,"beta":0.25,"tokens_per_s":9.0}
+"#;
+
+/// A folder with these files, and their paths.
+fn files(contents: &[(&str, String)]) -> (tempfile::TempDir, Vec<PathBuf>) {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |(name, text): &(&str, String)| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let paths = contents.iter().map(write).collect();
+    (dir, paths)
+}
+
+fn every_kind() -> Vec<(&'static str, String)> {
+    let json = |value: Value| value.to_string();
+    vec![
+        ("plan.json", json(plan())),
+        ("heads.json", json(heads())),
+        ("results.json", json(quickstart())),
+        ("ppl.json", json(ppl_file("healed"))),
+        ("kl.json", json(kl_file("hybrid"))),
+        ("passkey.json", json(passkey())),
+        ("hashhop.json", json(hashhop())),
+        ("ruler.json", json(ruler())),
+        ("bench.json", json(bench("healed"))),
+        ("a.json", json(generation("base", "one"))),
+        ("b.json", json(generation("healed", "two"))),
+        ("peers.json", json(peers())),
+        ("align.jsonl", ALIGN.into()),
+        ("heal.jsonl", HEAL.into()),
+    ]
+}
+
+#[test]
+fn every_kind_is_recognised() {
+    let (_dir, paths) = files(&every_kind());
+    let report = Report::from_files(&paths).unwrap();
+    let kinds: Vec<&str> = report.sources.iter().map(|s| s.kind.as_str()).collect();
+    let expected = [
+        Kind::Plan,
+        Kind::Heads,
+        Kind::Quickstart,
+        Kind::Quality,
+        Kind::Quality,
+        Kind::Passkey,
+        Kind::HashHop,
+        Kind::Ruler,
+        Kind::Bench,
+        Kind::Generation,
+        Kind::Generation,
+        Kind::Peers,
+        Kind::AlignMetrics,
+        Kind::HealMetrics,
+    ];
+    assert_eq!(kinds, expected.map(Kind::name));
+    assert_eq!(report.title, "RecurFormer on tiny");
+
+    // The plan that came first lies over the statistics that came later.
+    assert_eq!(report.maps.len(), 1);
+    assert!(report.maps[0].heads.is_some());
+    assert_eq!(report.maps[0].plans[0].1.converted(), 1);
+
+    let titles: Vec<&str> = report.comparisons.iter().map(|c| c.title.as_str()).collect();
+    assert_eq!(titles, ["Held-out text of book", "Held-out text, context 1,024", "Weight types"]);
+    // ppl and kl on the same text: one table, the base once and first, its cache from the run.
+    let rows = &report.comparisons[1].rows;
+    assert_eq!(rows.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["base", "healed", "hybrid"]);
+    assert_eq!((rows[0].ppl, rows[0].kl, rows[0].cache_bytes_8k), (Some(19.0), Some(0.0), Some(2000)));
+    assert_eq!((rows[2].kl, rows[2].cache_bytes_8k, rows[2].converted), (Some(0.2), Some(1000), 1));
+
+    let tasks: Vec<&str> = report.tasks.iter().map(|t| t.title.as_str()).collect();
+    assert_eq!(tasks, ["Passkey", "HashHop, 1 hop", "HashHop, 2 hops", "RULER, niah single"]);
+    assert_eq!(report.tasks[0].rows[0].model, "base");
+    assert_eq!(report.tasks[0].rows[1].scores, [(512, Score::new(9, 12)), (1024, Score::new(3, 12))]);
+    // Intervals are computed, whatever the file says.
+    assert_eq!(report.tasks[1].rows[0].scores[0].1, Score::new(32, 64));
+
+    let speeds: Vec<usize> = report.speeds.iter().map(|s| s.series.len()).collect();
+    assert_eq!(speeds, [2, 2, 1]);
+    assert_eq!(report.generations.len(), 1);
+    let texts =
+        [("base", "one"), ("healed", "two")].map(|(model, text)| (model.to_string(), text.to_string()));
+    assert_eq!(report.generations[0].texts, texts);
+    assert_eq!(report.tables[0].rows[0], ["decode, base", "q8_0", "512", "150.0", "75.0", "–", "2.00×"]);
+
+    let curves: Vec<(&str, usize)> =
+        report.curves.iter().map(|c| (c.y_label.as_str(), c.points.len())).collect();
+    assert_eq!(curves.iter().filter(|c| c.0 == "heal: loss" && c.1 == 1).count(), 2, "{curves:?}");
+    assert_eq!(curves.iter().filter(|c| c.0.contains("KL")).count(), 1, "{curves:?}");
+    assert_eq!(report.curves[0].points, [(512.0, 0.5), (1024.0, 0.25)]);
+    report.to_html().unwrap();
+}
+
+#[test]
+fn a_folder_stands_for_its_result_files() {
+    let (dir, _) = files(&[
+        ("results.json", quickstart().to_string()),
+        ("heads.json", heads().to_string()),
+        ("quickstart.json", "{}".into()),
+    ]);
+    let report = Report::from_files(&[dir.path()]).unwrap();
+    assert_eq!(report.sources.len(), 2);
+    let empty = tempfile::tempdir().unwrap();
+    refused_path(empty.path(), &["no result file", "hint: give heads.json"]);
+}
+
+#[test]
+fn the_same_file_twice_adds_nothing_but_a_source() {
+    for name in ["ppl.json", "passkey.json", "bench.json"] {
+        let content: Vec<_> = every_kind().into_iter().filter(|f| f.0 == name).collect();
+        let (_dir, paths) = files(&content);
+        let once = Report::from_files(&paths).unwrap();
+        let twice = Report::from_files(&[&paths[0], &paths[0]]).unwrap();
+        assert_eq!(
+            (once.comparisons, once.tasks, once.speeds),
+            (twice.comparisons, twice.tasks, twice.speeds)
+        );
+        assert_eq!(twice.sources.len(), 2);
+    }
+}
+
+#[test]
+fn another_result_of_the_same_name_gets_a_name_of_its_own() {
+    let mut other = kl_file("healed");
+    other["overall"]["kl"] = json!(0.7);
+    let (_dir, paths) =
+        files(&[("one.json", kl_file("healed").to_string()), ("two.json", other.to_string())]);
+    let rows = &Report::from_files(&paths).unwrap().comparisons[0].rows;
+    assert_eq!(rows.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["base", "healed", "healed (two)"]);
+}
+
+#[test]
+fn long_runs_are_drawn_as_means() {
+    let line = |i: u64| format!("{{\"step\":{i},\"tokens\":{i},\"error\":{},\"layers\":[]}}\n", i % 2);
+    let (_dir, paths) = files(&[("long.jsonl", (1..=2000).map(line).collect())]);
+    let curve = &Report::from_files(&paths).unwrap().curves[0];
+    assert_eq!((curve.points.len(), curve.steps_per_point), (1000, 2));
+    assert!(curve.points.iter().all(|p| p.1 == 0.5));
+    assert_eq!(curve.points[999].0, 2000.0);
+}
+
+fn refused_path(path: &Path, needles: &[&str]) {
+    let error = Report::from_files(&[path]).unwrap_err().to_string();
+    for needle in needles.iter().copied().chain([path.to_str().unwrap()]) {
+        assert!(error.contains(needle), "`{needle}` is not in {error}");
+    }
+    assert!(error.contains("\nhint: "), "{error}");
+    assert!(!error.replace("\nhint: ", "").contains(char::is_control), "{error:?}");
+}
+
+fn refused(name: &str, text: &str, needles: &[&str]) {
+    let (_dir, paths) = files(&[(name, text.into())]);
+    refused_path(&paths[0], needles);
+}
+
+/// `value` with the entry at `pointer` replaced.
+fn with(mut value: Value, pointer: &str, new: Value) -> String {
+    *value.pointer_mut(pointer).unwrap() = new;
+    value.to_string()
+}
+
+#[test]
+fn files_that_are_no_results() {
+    refused("none.json", "", &["empty"]);
+    refused("text.json", "hello", &["not JSON"]);
+    refused("list.json", "[1, 2]", &["not a result file"]);
+    refused("config.json", r#"{"model_type": "llama"}"#, &["not a result file"]);
+    refused("lines.jsonl", "{\"a\": 1}\n{\"a\": 2}\n", &["not a result file"]);
+    refused("deep.json", &"[".repeat(100_000), &["not JSON", "recursion"]);
+    refused_path(Path::new("/nonexistent/heads.json"), &["check the path"]);
+    let (_dir, paths) = files(&[("binary.json", String::new())]);
+    std::fs::write(&paths[0], [0xff, 0xfe, 0x00]).unwrap();
+    refused_path(&paths[0], &["UTF-8"]);
+    let file = File::create(&paths[0]).unwrap();
+    file.set_len(MAX_BYTES + 1).unwrap();
+    refused_path(&paths[0], &["more than 64 MiB"]);
+}
+
+#[test]
+fn results_that_contradict_themselves() {
+    refused("h.json", &with(heads(), "/layers", json!([])), &["0 layers listed"]);
+    refused("h.json", &with(heads(), "/version", json!(2)), &["version 2"]);
+    refused("h.json", &with(heads(), "/layers/0/heads/0/entropy", json!("x")), &["malformed"]);
+    refused("p.json", &with(plan(), "/model/layers", json!(3)), &["2 layers", "has 3"]);
+    refused("p.json", &with(plan(), "/model/kv_heads", json!(0)), &["0 groups"]);
+    refused("p.json", &with(plan(), "/model/heads", json!(0)), &["0 heads"]);
+    refused("p.json", &with(plan(), "/model/heads", json!(1_u64 << 40)), &["heads in each group"]);
+    refused("p.json", &with(plan(), "/layers/1/groups", json!([])), &["layer 1", "0 groups"]);
+    refused("p.json", &with(plan(), "/version", json!(9)), &["version 9"]);
+    refused("t.json", &with(passkey(), "/results/0/correct", json!(13)), &["13 right answers of 12"]);
+    refused("t.json", &with(passkey(), "/results/0/samples", json!(0)), &["of 0 at context 512"]);
+    refused("t.json", &with(passkey(), "/results/0/correct", json!(-1)), &["malformed passkey"]);
+    refused("q.json", &with(ppl_file("x"), "/overall/ppl", json!(null)), &["malformed perplexity"]);
+    refused("q.json", &with(ppl_file("x"), "/run", json!(7)), &["malformed `run`"]);
+    refused("b.json", &with(bench("x"), "/results/1", json!({})), &["malformed speed"]);
+    refused("c.json", &with(peers(), "/settings/format", json!(7)), &["format 7"]);
+    refused("c.json", &with(peers(), "/chart/models/base", json!(1)), &["malformed `chart`"]);
+    refused("g.json", &with(generation("x", "y"), "/text", json!(null)), &["without text"]);
+    refused("m.jsonl", &format!("{ALIGN}{{\"step\": 3}}\n"), &["line 3: not a line of metrics of align"]);
+    refused("m.jsonl", &format!("{ALIGN}{}", &ALIGN[..20]), &["line 3: not JSON"]);
+    refused("m.jsonl", &HEAL.replace("0.4", "\"x\""), &["line 2: `loss` is no number"]);
+    // Parsers repeat what they found; a terminal does not obey it.
+    let mut hostile = plan();
+    hostile["\u{1b}[31m".repeat(500)] = json!(1);
+    refused("p.json", &hostile.to_string(), &["unknown field"]);
+}
+
+#[test]
+fn hostile_names_are_text() {
+    let mut ppl = ppl_file(ATTACK);
+    ppl["files"][0]["name"] = json!(ATTACK);
+    ppl["run"]["command"] = json!(ATTACK);
+    let mut text = generation(ATTACK, ATTACK);
+    text["prompt"] = json!(ATTACK);
+    let mut scores = heads();
+    scores["layers"][0]["groups"][0]["scores"] = json!({ATTACK: 1.0});
+    scores["layers"][0]["groups"][1]["scores"] = json!({ATTACK: 1.0});
+    let (_dir, paths) =
+        files(&[("q.json", ppl.to_string()), ("g.json", text.to_string()), ("h.json", scores.to_string())]);
+    let page = Report::from_files(&paths).unwrap().to_html().unwrap();
+    assert_eq!((page.matches("<script").count(), page.matches("</script").count()), (2, 2));
+    assert!(!page.contains("<img"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    /// Damaged files are read or refused, never a panic; what is read can be shown.
+    #[test]
+    fn damaged_files_do_not_panic(which in 0_usize..14, cuts in prop::collection::vec((any::<prop::sample::Index>(), 0_u8..128), 1..6)) {
+        let (name, text) = every_kind().swap_remove(which);
+        let mut bytes = text.into_bytes();
+        for (at, byte) in cuts {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let (_dir, paths) = files(&[(name, text)]);
+        if let Ok(report) = Report::from_files(&paths) {
+            report.to_html().unwrap();
+            report.to_markdown();
+        }
+    }
+}
