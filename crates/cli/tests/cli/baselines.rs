@@ -125,10 +125,14 @@ fn averaged_tokens_go_through_checkpoints_and_gguf() {
     assert!(forgotten["plan"]["mixer"].get("dropped").is_none());
     let bytes = |model: &Value| model["cache"]["constant_bytes"].as_u64().unwrap();
     assert!(bytes(&averaged) > bytes(&forgotten));
-    // The same up to the first query that has dropped a token: the sixth, behind a window of four and a sink.
+    // The same, to the rounding of another kernel, up to the first query that has dropped a token: the sixth, behind a window of four and a sink.
     let (averaged, forgotten) = (logits("averaged"), logits("forgotten"));
-    assert_eq!(averaged[..5], forgotten[..5]);
-    assert!((5..39).all(|t| averaged[t] != forgotten[t]));
+    let apart = |t: usize| {
+        let pairs = averaged[t].iter().zip(&forgotten[t]);
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    assert!((0..5).all(|t| apart(t) < 1e-5), "{:?}", (0..5).map(apart).collect::<Vec<_>>());
+    assert!((5..39).all(|t| apart(t) > 1e-3), "{:?}", (5..39).map(apart).collect::<Vec<_>>());
     work.fails(
         2,
         "plan --heads heads.json --bank x --dropped averaged --beta 0.5 --out p.json",
