@@ -40,7 +40,7 @@ function mark(node, text, row, column, choose) {
   return node;
 }
 
-// One stop for Tab in each chart; arrows go to the nearest mark of the next column or row.
+// One stop for Tab in each chart; arrows go to the nearest mark of the next column or row, left and right beyond the end of a row to the next mark in order.
 function keyboard(root, marks) {
   if (!marks.length) return;
   marks[0].setAttribute("tabindex", "0");
@@ -55,7 +55,8 @@ function keyboard(root, marks) {
     const nearest = (ahead, key, other) => marks.filter((m) => ahead(m.place)).sort((a, b) => Math.abs(a.place[key] - from.place[key]) - Math.abs(b.place[key] - from.place[key])
       || Math.abs(a.place[other] - from.place[other]) - Math.abs(b.place[other] - from.place[other]))[0];
     const to = {
-      ArrowRight: () => nearest((p) => p[0] === row && p[1] > column, 1, 0), ArrowLeft: () => nearest((p) => p[0] === row && p[1] < column, 1, 0),
+      ArrowRight: () => nearest((p) => p[0] === row && p[1] > column, 1, 0) ?? marks[marks.indexOf(from) + 1],
+      ArrowLeft: () => nearest((p) => p[0] === row && p[1] < column, 1, 0) ?? marks[marks.indexOf(from) - 1],
       ArrowDown: () => nearest((p) => p[0] > row, 0, 1), ArrowUp: () => nearest((p) => p[0] < row, 0, 1), Home: () => marks[0], End: () => marks[marks.length - 1],
     }[event.key];
     if (!to) return;
