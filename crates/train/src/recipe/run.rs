@@ -326,7 +326,7 @@ impl Run<'_> {
         let (model, metrics) = if origin == Origin::Found {
             self.announce("heal", ": found healed/", progress);
             let checkpoint = Checkpoint::open(&files.healed)?;
-            (Model::load(&checkpoint)?, read_metrics(&files.heal_metrics))
+            (Model::load(&checkpoint)?, read_metrics(&files.heal_metrics)?)
         } else {
             self.announce("heal", &format!(": {}", goal(settings.stage, settings.trainable)), progress);
             let fresh = bank.is_none().then_some(heads);
@@ -373,8 +373,15 @@ fn goal(stage: Stage, trainable: Trainable) -> String {
     }
 }
 
-/// The lines of a metrics file that can be read.
-fn read_metrics(path: &Path) -> Vec<HealMetric> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+/// The metrics of a finished `heal`.
+///
+/// # Errors
+/// [`TrainError::File`] when they are missing or damaged.
+fn read_metrics(path: &Path) -> Result<Vec<HealMetric>> {
+    let bad = |reason: String| TrainError::File {
+        path: path.to_path_buf(),
+        reason: format!("{reason}\nhint: remove the healed model beside it to train that again"),
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
+    text.lines().map(|line| serde_json::from_str(line).map_err(|e| bad(e.to_string()))).collect()
 }
