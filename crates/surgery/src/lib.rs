@@ -8,6 +8,8 @@ pub mod convert;
 pub mod criteria;
 pub mod error;
 mod exp;
+mod report_file;
+mod scores;
 pub mod select;
 pub mod sinks;
 pub mod stats;

@@ -102,7 +102,8 @@ fn list_criteria(json: bool) -> Result<()> {
     if json {
         return print_json(&rows);
     }
-    let mut table = vec![["criterion", "cost", "SmolLM2-135M, 2 cores", "reference"].map(String::from)];
+    let mut table =
+        vec![["criterion", "cost", "SmolLM2-135M, 2 cores, at most", "reference"].map(String::from)];
     table.extend(rows.iter().map(|row| {
         let measured = match (row.seconds, row.seconds_for) {
             (Some(seconds), Some(of)) => format!("{seconds} s for {of}"),

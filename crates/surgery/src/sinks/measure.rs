@@ -2,45 +2,19 @@
 //! what is done with them.
 
 use crate::exp::exp_nonpositive;
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
-
-/// Queries whose scores exist at once.
-const QUERY_BLOCK: usize = 64;
+use crate::scores::each_query;
+use kernels::{Exec, MatRef};
 
 /// First query that counts.
 pub fn first_query(seq: usize) -> usize {
     seq / 2
 }
 
-/// Calls `f(i, scores)` with the scores of each query `i` in `[T/2, T)` against keys `0..=i`. `q`, `k`: `[T, head_dim]` after RoPE.
-fn each_query(exec: &Exec, q: MatRef<'_>, k: MatRef<'_>, scale: f32, mut f: impl FnMut(usize, &[f32])) {
-    let seq = q.rows();
-    assert_eq!(seq, k.rows(), "one key per query");
-    let mut scores = vec![0.0f32; QUERY_BLOCK.min(seq) * seq];
-    for block in (first_query(seq)..seq).step_by(QUERY_BLOCK) {
-        let rows = QUERY_BLOCK.min(seq - block);
-        let keys = block + rows;
-        gemm(
-            exec,
-            MatMut::dense(&mut scores[..rows * keys], rows, keys),
-            q.rows_at(block, rows),
-            Trans::No,
-            k.rows_at(0, keys),
-            Trans::Yes,
-            scale,
-            Store::Overwrite,
-        );
-        for row in 0..rows {
-            f(block + row, &scores[row * keys..][..block + row + 1]);
-        }
-    }
-}
-
 /// Mean attention that each key gets from the queries in `[T/2, T)`; queries before a key give it none.
 pub fn masses(exec: &Exec, q: MatRef<'_>, k: MatRef<'_>, scale: f32) -> Vec<f64> {
     let seq = q.rows();
     let (mut masses, mut exps) = (vec![0.0f64; seq], vec![0.0f32; seq]);
-    each_query(exec, q, k, scale, |_, scores| {
+    each_query(exec, (q, k), scale, first_query(q.rows()), |_, scores| {
         let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let exps = &mut exps[..scores.len()];
         for (e, &score) in exps.iter_mut().zip(scores) {
@@ -75,7 +49,7 @@ pub fn uniform_masses(seq: usize) -> Vec<f64> {
 pub fn strengths(exec: &Exec, q: MatRef<'_>, k: MatRef<'_>, scale: f32, keys: &[usize]) -> Vec<f64> {
     let (mut sums, mut queries) = (vec![0.0f64; keys.len()], vec![0usize; keys.len()]);
     let mut sorted = Vec::with_capacity(q.rows());
-    each_query(exec, q, k, scale, |i, scores| {
+    each_query(exec, (q, k), scale, first_query(q.rows()), |i, scores| {
         sorted.clear();
         sorted.extend_from_slice(scores);
         let median = median(&mut sorted);

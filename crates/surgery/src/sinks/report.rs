@@ -3,12 +3,12 @@
 use super::cause::{Cause, Estimate};
 use super::interventions::{Constant, Tally};
 use super::massive::LayerActivations;
-use crate::error::{Result, SurgeryError};
+use crate::error::Result;
+use crate::report_file::{self, Checked};
 use model::plan::PlanModel;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
-use weights::files::{atomic_write, read_json};
 
 /// The format version written and accepted.
 pub(super) const VERSION: u32 = 1;
@@ -143,17 +143,7 @@ impl SinksReport {
     /// [`SurgeryError::Weights`] when it cannot be read, [`SurgeryError::File`] when it is malformed, of another version, or names layers and
     /// heads that its model does not have.
     pub fn read(path: &Path) -> Result<Self> {
-        let bad = |reason: String| SurgeryError::File { path: path.to_path_buf(), reason };
-        let json = read_json(path, "sinks.json")?;
-        let version = json.get("version").and_then(serde_json::Value::as_u64);
-        if version != Some(u64::from(VERSION)) {
-            let found = version.map_or("none".to_string(), |v| v.to_string());
-            return Err(bad(format!("sinks.json has version {found}, expected {VERSION}")));
-        }
-        let report: Self =
-            serde_json::from_value(json).map_err(|e| bad(format!("malformed sinks.json: {e}")))?;
-        report.check().map_err(bad)?;
-        Ok(report)
+        report_file::read(path, ("sinks.json", VERSION), Self::check)
     }
 
     /// Writes it atomically, as indented JSON.
@@ -161,13 +151,10 @@ impl SinksReport {
     /// # Errors
     /// [`SurgeryError::File`] when a layer or head does not exist, [`SurgeryError::Weights`] when the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let bad = |reason: String| SurgeryError::File { path: path.to_path_buf(), reason };
-        self.check().map_err(bad)?;
-        let json = serde_json::to_vec_pretty(self).map_err(|e| bad(e.to_string()))?;
-        Ok(atomic_write(path, &json)?)
+        report_file::write(path, self, Self::check)
     }
 
-    fn check(&self) -> std::result::Result<(), String> {
+    fn check(&self) -> Checked {
         let (layers, heads) = (self.model.layers, self.model.heads);
         let sinks = self.sinks.iter().flat_map(|sink| sink.heads.iter().map(|h| (h.layer, h.head)));
         let mut places = sinks.chain(self.no_op_heads.iter().map(|h| (h.layer, h.head)));

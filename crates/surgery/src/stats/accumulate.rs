@@ -2,13 +2,11 @@
 
 use super::{FIRST_QUERY, HeadStats, NO_OP_LIVE_MASS};
 use crate::exp::{EXP_MIN, exp_nonpositive};
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::scores::each_query;
+use kernels::{Exec, MatRef};
 
 /// Recency windows measured, in tokens; powers of two, so that each is a run of whole distance buckets.
 pub const WINDOWS: [usize; 3] = [16, 64, 128];
-
-/// Queries whose scores exist at once.
-const QUERY_BLOCK: usize = 64;
 
 /// Lanes of a partial sum; the compiler keeps them in vector registers.
 const LANES: usize = 16;
@@ -63,32 +61,12 @@ impl HeadAccumulator {
     /// Adds one sequence. `q`, `k`: `[T, head_dim]` after RoPE; `sinks`: sorted positions.
     pub fn add(&mut self, exec: &Exec, q: MatRef<'_>, k: MatRef<'_>, scale: f32, sinks: &[usize]) {
         let seq = q.rows();
-        assert_eq!(seq, k.rows(), "one key per query");
-        let mut scores = vec![0.0f32; QUERY_BLOCK.min(seq) * seq];
         let mut exps = vec![0.0f32; seq];
         let first_query = FIRST_QUERY.min(seq / 2);
         // Earlier queries count for nothing.
-        let mut block = first_query.min(WINDOWS[0]);
-        while block < seq {
-            let rows = QUERY_BLOCK.min(seq - block);
-            let keys = block + rows;
-            gemm(
-                exec,
-                MatMut::dense(&mut scores[..rows * keys], rows, keys),
-                q.rows_at(block, rows),
-                Trans::No,
-                k.rows_at(0, keys),
-                Trans::Yes,
-                scale,
-                Store::Overwrite,
-            );
-            for row in 0..rows {
-                let i = block + row;
-                let scores = &scores[row * keys..row * keys + i + 1];
-                self.add_query(scores, &mut exps[..=i], i >= first_query, sinks);
-            }
-            block += rows;
-        }
+        each_query(exec, (q, k), scale, first_query.min(WINDOWS[0]), |i, scores| {
+            self.add_query(scores, &mut exps[..=i], i >= first_query, sinks);
+        });
     }
 
     /// Adds the query at position `i = scores.len() − 1`; to the recency ratios only, unless `all`.

@@ -1,10 +1,10 @@
 //! `heads.json`: reading with checks, writing whole.
 
 use super::HeadsReport;
-use crate::error::{Result, SurgeryError};
+use crate::error::Result;
+use crate::report_file::{self, Checked};
 use model::plan::PlanModel;
 use std::path::Path;
-use weights::files::{atomic_write, read_json};
 
 /// The format version written and accepted.
 pub(super) const VERSION: u32 = 1;
@@ -21,17 +21,7 @@ impl HeadsReport {
     /// [`SurgeryError::Weights`] when it cannot be read, [`SurgeryError::File`] when it is malformed, of another version, or its counts do
     /// not fit the model it names.
     pub fn read(path: &Path) -> Result<Self> {
-        let bad = |reason: String| SurgeryError::File { path: path.to_path_buf(), reason };
-        let json = read_json(path, "heads.json")?;
-        let version = json.get("version").and_then(serde_json::Value::as_u64);
-        if version != Some(u64::from(VERSION)) {
-            let found = version.map_or("none".to_string(), |v| v.to_string());
-            return Err(bad(format!("heads.json has version {found}, expected {VERSION}")));
-        }
-        let report: Self =
-            serde_json::from_value(json).map_err(|e| bad(format!("malformed heads.json: {e}")))?;
-        report.check().map_err(bad)?;
-        Ok(report)
+        report_file::read(path, ("heads.json", VERSION), Self::check)
     }
 
     /// Writes it atomically, as indented JSON.
@@ -39,13 +29,10 @@ impl HeadsReport {
     /// # Errors
     /// [`SurgeryError::File`] when a value is not finite, [`SurgeryError::Weights`] when the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let bad = |reason: String| SurgeryError::File { path: path.to_path_buf(), reason };
-        self.check().map_err(bad)?;
-        let json = serde_json::to_vec_pretty(self).map_err(|e| bad(e.to_string()))?;
-        Ok(atomic_write(path, &json)?)
+        report_file::write(path, self, Self::check)
     }
 
-    fn check(&self) -> std::result::Result<(), String> {
+    fn check(&self) -> Checked {
         let model = &self.model;
         if *model != PlanModel::of(&self.config) {
             return Err(format!("`model` ({model}) and `config` ({}) disagree", PlanModel::of(&self.config)));

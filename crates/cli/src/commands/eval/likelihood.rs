@@ -1,11 +1,14 @@
 //! `eval choice` and `eval lastword`: log-likelihoods of what may follow, model and base in one run.
 
 use super::pair::{Measured, PairArgs};
+use crate::common::Running;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::choice::{ChoiceTest, choice};
 use eval::lastword::{LastWordTest, lastword};
 use eval::likelihood::Mean;
+use kernels::Exec;
+use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -53,22 +56,31 @@ pub struct LastWordArgs {
     file: FileArgs,
 }
 
+impl FileArgs {
+    /// What `run` finds of the model and its base; `None` where it was printed as JSON.
+    fn measured<T: Serialize>(
+        &self,
+        ui: &mut Ui,
+        run: impl FnMut(&Exec, &Running, &mut Ui) -> Result<T>,
+    ) -> Result<Option<Measured<T>>> {
+        let measured = self.pair.measure(ui, run)?;
+        let printed = self.pair.printed(&measured, json!({"data": self.data}), &[])?;
+        Ok((!printed).then_some(measured))
+    }
+}
+
 /// `eval choice`.
 pub fn run_choice(args: &ChoiceArgs, ui: &mut Ui) -> Result<()> {
-    let FileArgs { pair, data, limit, details } = &args.file;
-    let test = ChoiceTest::read(data, *limit)?;
-    let measured = pair.measure(ui, |exec, running, ui| {
+    let test = ChoiceTest::read(&args.file.data, args.file.limit)?;
+    let measured = args.file.measured(ui, |exec, running, ui| {
         let mut result = choice(exec, &running.engine, &running.tokenizer()?, &test, ui)?;
         note_truncated(ui, result.truncated, "choices");
-        if !details {
+        if !args.file.details {
             result.likelihoods.clear();
         }
         Ok(result)
     })?;
-    if pair.printed(&measured, json!({"data": data}), &[])? {
-        return Ok(());
-    }
-    let Measured { results: result, base, .. } = measured;
+    let Some(Measured { results: result, base, .. }) = measured else { return Ok(()) };
     header(result.items, base.is_some());
     row("acc", result.acc, base.as_ref().map(|b| b.acc));
     row("acc_norm", result.acc_norm, base.as_ref().map(|b| b.acc_norm));
@@ -78,20 +90,16 @@ pub fn run_choice(args: &ChoiceArgs, ui: &mut Ui) -> Result<()> {
 
 /// `eval lastword`.
 pub fn run_lastword(args: &LastWordArgs, ui: &mut Ui) -> Result<()> {
-    let FileArgs { pair, data, limit, details } = &args.file;
-    let test = LastWordTest::read(data, *limit)?;
-    let measured = pair.measure(ui, |exec, running, ui| {
+    let test = LastWordTest::read(&args.file.data, args.file.limit)?;
+    let measured = args.file.measured(ui, |exec, running, ui| {
         let mut result = lastword(exec, &running.engine, &running.tokenizer()?, &test, ui)?;
         note_truncated(ui, result.truncated, "texts");
-        if !details {
+        if !args.file.details {
             result.likelihoods.clear();
         }
         Ok(result)
     })?;
-    if pair.printed(&measured, json!({"data": data}), &[])? {
-        return Ok(());
-    }
-    let Measured { results: result, base, .. } = measured;
+    let Some(Measured { results: result, base, .. }) = measured else { return Ok(()) };
     header(result.items, base.is_some());
     row("acc", result.acc, base.as_ref().map(|b| b.acc));
     row("perplexity", result.perplexity, base.as_ref().map(|b| b.perplexity));
