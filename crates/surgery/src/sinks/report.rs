@@ -140,8 +140,8 @@ impl SinksReport {
     /// Reads and checks a `sinks.json`.
     ///
     /// # Errors
-    /// [`SurgeryError::Weights`] when it cannot be read, [`SurgeryError::File`] when it is malformed, of another version, or names layers and
-    /// heads that its model does not have.
+    /// [`Weights`](crate::SurgeryError::Weights) when it cannot be read, [`File`](crate::SurgeryError::File) when it is malformed, of
+    /// another version, or names layers and heads that its model does not have.
     pub fn read(path: &Path) -> Result<Self> {
         report_file::read(path, ("sinks.json", VERSION), Self::check)
     }
@@ -149,7 +149,8 @@ impl SinksReport {
     /// Writes it atomically, as indented JSON.
     ///
     /// # Errors
-    /// [`SurgeryError::File`] when a layer or head does not exist, [`SurgeryError::Weights`] when the file cannot be written.
+    /// [`File`](crate::SurgeryError::File) when a layer or head does not exist, [`Weights`](crate::SurgeryError::Weights) when the file
+    /// cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         report_file::write(path, self, Self::check)
     }

@@ -18,8 +18,8 @@ impl HeadsReport {
     /// Reads and checks a `heads.json`.
     ///
     /// # Errors
-    /// [`SurgeryError::Weights`] when it cannot be read, [`SurgeryError::File`] when it is malformed, of another version, or its counts do
-    /// not fit the model it names.
+    /// [`Weights`](crate::SurgeryError::Weights) when it cannot be read, [`File`](crate::SurgeryError::File) when it is malformed, of
+    /// another version, or its counts do not fit the model it names.
     pub fn read(path: &Path) -> Result<Self> {
         report_file::read(path, ("heads.json", VERSION), Self::check)
     }
@@ -27,7 +27,8 @@ impl HeadsReport {
     /// Writes it atomically, as indented JSON.
     ///
     /// # Errors
-    /// [`SurgeryError::File`] when a value is not finite, [`SurgeryError::Weights`] when the file cannot be written.
+    /// [`File`](crate::SurgeryError::File) when a value is not finite, [`Weights`](crate::SurgeryError::Weights) when the file cannot be
+    /// written.
     pub fn write(&self, path: &Path) -> Result<()> {
         report_file::write(path, self, Self::check)
     }
