@@ -14,6 +14,7 @@ pub(crate) trait Simd: Copy {
     /// The first `LANES` values of `x`. Panics when there are fewer.
     fn load(self, x: &[f32]) -> Self::V;
     /// Writes the first `LANES` values of `out`. Panics when there are fewer.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn store(self, v: Self::V, out: &mut [f32]);
     /// Lane-wise sum.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

@@ -146,6 +146,7 @@ impl Input {
         (self.f32.as_slice(), self.stride)
     }
     /// bfloat16 rows, zero padded, and the distance between them. Panics when no weight given to `set` needs them.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub(super) fn bf16_rows(&self) -> (&[u16], usize) {
         assert!(self.forms.bf16, "the input was not set for this weight");
         (self.bf16.as_slice(), self.stride)

@@ -6,13 +6,16 @@ use super::input::Input;
 use super::{MATVEC_ROWS, PANEL, Packed, dense_f32, padded, quant};
 #[cfg(target_arch = "x86_64")]
 use super::{amx, dense_bf16};
+#[cfg(target_arch = "x86_64")]
+use crate::IsaLevel;
 use crate::quant::Dtype;
-use crate::{Isa, IsaLevel, Store};
+use crate::{Isa, Store};
 
 /// Form of the activations that a kernel reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
     F32,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     Bf16,
     Blocks,
 }
@@ -72,6 +75,7 @@ pub(super) struct TileAt {
 
 impl Route {
     /// The kernel of this element type for `rows` rows of activations.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub(super) fn of(isa: Isa, dtype: Dtype, rows: usize) -> Self {
         match dtype {
             _ if dtype.is_plain() && rows <= MATVEC_ROWS => Self::Vector(dtype),
@@ -150,6 +154,7 @@ impl Route {
         }
     }
     /// `tile[row][panel][16] = x · weightᵀ` over all columns. `expanded`: the scratch of these panels.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     pub(super) fn multiply(
         self,
         prepared: &Prepared,

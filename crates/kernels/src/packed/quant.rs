@@ -144,6 +144,7 @@ pub(super) fn tile(
 ///
 /// # Panics
 /// When a slice is too short.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(super) fn expand_bf16(isa: Isa, dtype: Dtype, cols: usize, panel: &[u8], scratch: &mut [u16]) {
     assert!(panel.len() >= panel_bytes(dtype, cols), "panel of {} bytes", panel.len());
     let scratch = &mut scratch[..16 * cols];
@@ -210,6 +211,7 @@ impl Kernel for Expand<'_> {
     }
 }
 
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 struct ExpandBf16<'a> {
     panel: &'a [u8],
     blocks: usize,

@@ -354,6 +354,7 @@ pub(super) unsafe fn tile<S: Lanes, F: Format, const M: usize, const N: usize, c
 /// # Safety
 /// The panel has `blocks` blocks.
 #[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(super) unsafe fn expand_bf16<S: Lanes, F: Format, const P: usize>(
     s: S,
     panel: &[u8],

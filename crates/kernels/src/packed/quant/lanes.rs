@@ -75,6 +75,7 @@ pub(super) trait Lanes: Copy {
 
     /// Byte `e` of the four of every row, as a float.
     #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn byte(self, b: Self::B, e: usize) -> Self::F {
         let mut bytes = [0u8; 64];
         let mut floats = [0.0f32; 16];
@@ -92,6 +93,7 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// `at` has room for `2 · OUTS` values.
     #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     unsafe fn store_pairs(self, even: Self::F, odd: Self::F, at: *mut u16) {
         let mut floats = [[0.0f32; 16]; 2];
         // SAFETY: a register holds at most 16 rows; the caller's room.
