@@ -1,6 +1,6 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/full|distill|align/BATCHxLENGTH`, and gives a dictionary of
-metrics."""
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-checkpointed, distill, align),
+and gives a dictionary of metrics."""
 
 import json
 import statistics
@@ -140,8 +140,10 @@ class Runner:
             printed, _, mib = call([self.tools.python, script, str(self.tools.threads), shape, str(TRAIN_STEPS)], "memory may be short")
             return {"speed": float(printed), "mib": mib}
         batch, length = shape.split("x")
+        step, checkpointed = step.removesuffix("-checkpointed"), step.endswith("-checkpointed")
         command = self.tools.ours(
             "bench-train", "--model", MODEL, "--steps", step, "--batch", batch, "--context", length, "--repeats", str(TRAIN_STEPS), "--json",
+            *(["--checkpoint-activations"] if checkpointed else []),
         )
         printed, _, mib = call(command, FITS)
         (result,) = json.loads(printed)["results"]

@@ -185,6 +185,30 @@ fn threads_and_reused_tapes_change_nothing() {
 }
 
 #[test]
+fn checkpointed_tapes_give_the_same_bits() {
+    let exec = exec();
+    for config in configs() {
+        for (name, model) in all_models(&config) {
+            let ids = all_params(&model);
+            let expected = gradients(&exec, &model, &ids);
+            let mut tape = Tape::checkpointed();
+            let other = TokenBatch::equal(20, tokens(60, 3));
+            model.forward_batch(&exec, &other, &mut NoObserver, Some(&mut tape)).unwrap();
+            let found = gradients_of(&exec, &model, &ids, &mut tape, &mut NoObserver, false);
+            let mut full = Tape::default();
+            model.forward_batch(&exec, &batch(), &mut NoObserver, Some(&mut full)).unwrap();
+            for layer in 0..=config.layers {
+                assert_eq!(tape.residual(layer), full.residual(layer), "{name}, layer {layer}");
+            }
+            for id in ids {
+                let what = &model.params.get(id).name;
+                assert_eq!(found.get(id).unwrap(), expected.get(id).unwrap(), "{name}, {what}");
+            }
+        }
+    }
+}
+
+#[test]
 fn gradients_add_up() {
     let exec = exec();
     let config = &configs()[1];

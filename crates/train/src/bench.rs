@@ -27,13 +27,30 @@ pub enum StepKind {
 }
 
 /// What is trained.
-pub struct Contestants<'a> {
-    /// The original model.
-    pub base: &'a Model,
-    /// Converted from it, for [`StepKind::Distill`].
-    pub hybrid: &'a Model,
-    /// Heads of all its groups, for [`StepKind::Align`].
-    pub bank: &'a HeadBank,
+pub enum Contestant<'a> {
+    /// A base model, for [`StepKind::Full`]; where nobody else holds its weights, they are trained in place.
+    Full(Model),
+    /// A hybrid and the base it was converted from, for [`StepKind::Distill`].
+    Distill(&'a Model, &'a Model),
+    /// Heads of all groups of a base, for [`StepKind::Align`].
+    Align(&'a HeadBank, &'a Model),
+}
+
+impl Contestant<'_> {
+    fn kind(&self) -> StepKind {
+        match self {
+            Self::Full(_) => StepKind::Full,
+            Self::Distill(..) => StepKind::Distill,
+            Self::Align(..) => StepKind::Align,
+        }
+    }
+
+    fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Full(model) => &model.config,
+            Self::Distill(model, _) | Self::Align(_, model) => &model.config,
+        }
+    }
 }
 
 /// How long a measurement is.
@@ -45,6 +62,8 @@ pub struct StepShape {
     pub seq_len: usize,
     /// Steps that count; one more comes first.
     pub steps: usize,
+    /// As in [`HealOptions`]; `align` records nothing.
+    pub checkpoint_activations: bool,
 }
 
 /// A measured speed.
@@ -72,18 +91,17 @@ pub fn random_tokens(config: &ModelConfig, count: usize, seed: u64) -> Vec<u32> 
 /// [`TrainError::Argument`] for empty batches or no steps, [`TrainError::Interrupted`], and whatever training refuses.
 pub fn time_steps(
     exec: &Exec,
-    kind: StepKind,
-    contestants: &Contestants<'_>,
+    contestant: Contestant<'_>,
     shape: StepShape,
     progress: &mut dyn Progress,
 ) -> Result<StepSpeed> {
-    let StepShape { sequences, seq_len, steps } = shape;
-    let Contestants { base, hybrid, bank } = *contestants;
+    let StepShape { sequences, seq_len, steps, checkpoint_activations } = shape;
     if sequences == 0 || seq_len < 2 || steps == 0 {
         return Err(TrainError::Argument(
             "a timed step needs a sequence of at least 2 tokens, and a step".into(),
         ));
     }
+    let (kind, config) = (contestant.kind(), contestant.config().clone());
     let mut seconds = Vec::with_capacity(steps);
     progress.start(&format!("{kind:?} steps").to_lowercase(), steps as u64 + 1, "steps");
     let mut timed = |step: &mut dyn FnMut(&TokenBatch) -> Result<()>| -> Result<()> {
@@ -91,8 +109,7 @@ pub fn time_steps(
             if progress.cancelled() {
                 return Err(TrainError::Interrupted);
             }
-            let tokens = random_tokens(&base.config, sequences * seq_len, i as u64);
-            let batch = TokenBatch::equal(seq_len, tokens);
+            let batch = TokenBatch::equal(seq_len, random_tokens(&config, sequences * seq_len, i as u64));
             let clock = Instant::now();
             step(&batch)?;
             if i > 0 {
@@ -102,22 +119,23 @@ pub fn time_steps(
         }
         Ok(())
     };
-    match kind {
-        StepKind::Align => {
-            let mut aligner = Timed::new(exec, base, bank)?;
-            timed(&mut |batch| aligner.step(exec, batch, LR))?;
+    let options = HealOptions { base_lr_scale: 1.0, checkpoint_activations, ..HealOptions::default() };
+    let mut train = |mut trainer: Trainer<'_>, mut trained: Model| {
+        timed(&mut |batch| trainer.step(&mut trained, std::slice::from_ref(batch), LR).map(drop))
+    };
+    match contestant {
+        Contestant::Full(model) => {
+            let options = HealOptions { stage: Stage::Continue, trainable: Trainable::All, ..options };
+            let trainer = Trainer::new(exec, &model, &model, &options)?;
+            train(trainer, model)?;
         }
-        StepKind::Full | StepKind::Distill => {
-            let (mut trained, stage, trainable) = match kind {
-                StepKind::Full => (base.clone(), Stage::Continue, Trainable::All),
-                _ => (hybrid.clone(), HealOptions::default().stage, Trainable::Heads),
-            };
-            let options = HealOptions { stage, trainable, base_lr_scale: 1.0, ..HealOptions::default() };
-            let mut trainer = Trainer::new(exec, base, &trained, &options)?;
-            timed(&mut |batch| {
-                trainer.step(&mut trained, std::slice::from_ref(batch), LR)?;
-                Ok(())
-            })?;
+        Contestant::Distill(hybrid, base) => {
+            let options = HealOptions { trainable: Trainable::Heads, ..options };
+            train(Trainer::new(exec, base, hybrid, &options)?, hybrid.clone())?;
+        }
+        Contestant::Align(bank, base) => {
+            let mut aligner = Timed::new(exec, base, bank)?;
+            timed(&mut |batch| aligner.step(exec, batch, LR).map(drop))?;
         }
     }
     progress.finish();

@@ -3,13 +3,16 @@
 use crate::common::{MixerArg, TrainExecArgs, check_context, load, print_json, usage};
 use crate::ui::Ui;
 use anyhow::Result;
+use kernels::Exec;
+use model::{MixerSpec, Model};
 use serde_json::json;
+use surgery::HeadBank;
 use surgery::bank::init_bank;
 use surgery::convert::convert_in_memory;
 use surgery::criteria;
 use surgery::select::{SelectOptions, select};
 use surgery::stats::{AnalyzeOptions, analyze};
-use train::bench::{Contestants, StepKind, StepShape, random_tokens, time_steps};
+use train::bench::{Contestant, StepShape, random_tokens, time_steps};
 
 /// Tokens that the starting values of the timed heads are measured on.
 const ANALYZED: usize = 512;
@@ -46,6 +49,10 @@ pub struct Args {
     /// Tokens of the mixers' window.
     #[arg(long, default_value_t = 64)]
     window: usize,
+    /// Keep layers' inputs only and run every layer again in the backward pass: less memory, more time. Not for `align`, which has no
+    /// backward pass through layers.
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -54,21 +61,11 @@ pub struct Args {
 }
 
 /// `--steps`.
-#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum StepArg {
     Full,
     Distill,
     Align,
-}
-
-impl From<StepArg> for StepKind {
-    fn from(arg: StepArg) -> Self {
-        match arg {
-            StepArg::Full => Self::Full,
-            StepArg::Distill => Self::Distill,
-            StepArg::Align => Self::Align,
-        }
-    }
 }
 
 pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
@@ -78,30 +75,28 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let exec = args.exec.exec()?;
     let base = load(&args.model, ui)?.model;
     check_context(&base.config, args.context)?;
-    let sequence = random_tokens(&base.config, ANALYZED.min(base.config.max_context), 0);
-    let heads = analyze(&exec, &base, &[sequence], &AnalyzeOptions::default(), ui)?;
-    let spec = args.mixer.spec(&base.config, args.window, None)?;
-    let bank = init_bank(&base, spec, &heads, 0)?;
-    let options = SelectOptions {
-        beta: args.beta,
-        keep_at_least_per_layer: 0,
-        mixer: spec,
-        criterion: model::plan::PlanCriterion {
-            name: "random".into(),
-            tokens: heads.tokens,
-            bank_sha256: None,
-            data_sha256: None,
-            seed: Some(0),
-        },
+    let shape = StepShape {
+        sequences: args.batch as usize,
+        seq_len: args.context,
+        steps: args.repeats as usize,
+        checkpoint_activations: args.checkpoint_activations,
     };
-    let plan = select(&base.config, &criteria::scores("random", &heads, None, 0)?, &options)?;
-    let hybrid = convert_in_memory(&base, &plan, Some(&bank), Some(&heads), 0)?;
-    let contestants = Contestants { base: &base, hybrid: &hybrid, bank: &bank };
-    let shape =
-        StepShape { sequences: args.batch as usize, seq_len: args.context, steps: args.repeats as usize };
+    let spec = args.mixer.spec(&base.config, args.window, None)?;
     let mut speeds = Vec::with_capacity(args.steps.len());
-    for &step in &args.steps {
-        speeds.push(time_steps(&exec, step.into(), &contestants, shape, ui)?);
+    // Of the replacements only what is asked for is made, and training every weight comes last, in the base's own memory.
+    if args.steps.iter().any(|&step| step != StepArg::Full) {
+        let (bank, hybrid) = replacements(args, &exec, &base, spec, ui)?;
+        for &step in &args.steps {
+            let contestant = match step {
+                StepArg::Full => continue,
+                StepArg::Distill => Contestant::Distill(&hybrid, &base),
+                StepArg::Align => Contestant::Align(&bank, &base),
+            };
+            speeds.push(time_steps(&exec, contestant, shape, ui)?);
+        }
+    }
+    if args.steps.contains(&StepArg::Full) {
+        speeds.push(time_steps(&exec, Contestant::Full(base), shape, ui)?);
     }
     let precision = format!("{:?}", exec.precision()).to_lowercase();
     if args.json {
@@ -118,4 +113,32 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         println!("{name:<8} {batch:>10} {:>10.1}", speed.tokens_per_s);
     }
     Ok(())
+}
+
+/// Fresh heads of all groups, and the hybrid with some of them.
+fn replacements(
+    args: &Args,
+    exec: &Exec,
+    base: &Model,
+    spec: MixerSpec,
+    ui: &mut Ui,
+) -> Result<(HeadBank, Model)> {
+    let sequence = random_tokens(&base.config, ANALYZED.min(base.config.max_context), 0);
+    let heads = analyze(exec, base, &[sequence], &AnalyzeOptions::default(), ui)?;
+    let bank = init_bank(base, spec, &heads, 0)?;
+    let options = SelectOptions {
+        beta: args.beta,
+        keep_at_least_per_layer: 0,
+        mixer: spec,
+        criterion: model::plan::PlanCriterion {
+            name: "random".into(),
+            tokens: heads.tokens,
+            bank_sha256: None,
+            data_sha256: None,
+            seed: Some(0),
+        },
+    };
+    let plan = select(&base.config, &criteria::scores("random", &heads, None, 0)?, &options)?;
+    let hybrid = convert_in_memory(base, &plan, Some(&bank), Some(&heads), 0)?;
+    Ok((bank, hybrid))
 }

@@ -19,9 +19,17 @@ pub struct Tape {
     pub(super) layers: Vec<LayerTape>,
     /// Input of the final norm; empty until a pass ran through all layers.
     pub(super) last: Vec<f32>,
+    /// Layers keep their input only.
+    pub(super) inputs_only: bool,
 }
 
 impl Tape {
+    /// A tape on which every layer keeps its input alone; the backward pass runs each layer forward again (activation checkpointing). The
+    /// gradients are the same bits, for the time of another forward pass and the memory of one layer's activations instead of all.
+    pub fn checkpointed() -> Self {
+        Self { inputs_only: true, ..Self::default() }
+    }
+
     /// The residual stream `[rows, d_model]` that came into `layer`, or, for the number of layers, out of the last one.
     ///
     /// # Panics
@@ -59,7 +67,7 @@ pub(super) struct LayerTape {
 pub(super) struct Forward<'a> {
     pub exec: &'a Exec,
     pub batch: &'a TokenBatch,
-    /// Whether the layers' memories are for a backward pass.
+    /// Whether the layer's memory is for a backward pass.
     pub record: bool,
     pub gates: Option<&'a Gates>,
     pub edits: Option<&'a Edits<'a>>,
@@ -110,17 +118,18 @@ impl Model {
         if h.is_empty() {
             return Ok(h);
         }
-        let pass = Forward { exec, batch, record: tape.is_some(), gates, edits };
+        let record = tape.as_deref().is_some_and(|tape| !tape.inputs_only);
+        let pass = Forward { exec, batch, record, gates, edits };
         let mut scratch = Scratch::default();
         for layer in 0..self.config.layers {
             let memory = match tape.as_deref_mut() {
-                Some(tape) => &mut tape.layers[layer],
+                Some(tape) => {
+                    tape.layers[layer].input.clone_from(&h);
+                    if record { &mut tape.layers[layer] } else { &mut own }
+                }
                 None => &mut own,
             };
             if self.plan.is_skipped(layer) {
-                if pass.record {
-                    memory.input.clone_from(&h);
-                }
                 continue;
             }
             self.attention_block(&pass, layer, &mut h, memory, &mut scratch, observer);
@@ -152,9 +161,6 @@ impl Model {
         memory.streaming = gates.map(|gates| self.mix_streaming(exec, layer, batch, gates, memory));
         if observer.wants(layer) {
             self.show(layer, batch, memory, scratch, observer);
-        }
-        if record {
-            memory.input.clone_from(h);
         }
         self.output_projection(exec, layer, &memory.out, h);
         if record {

@@ -79,7 +79,7 @@ impl Model {
     /// As `forward_batch`.
     ///
     /// # Panics
-    /// When a group is converted, or there is not one gate per layer and KV group.
+    /// When a group is converted, there is not one gate per layer and KV group, or the tape is [`checkpointed`](Tape::checkpointed).
     pub fn forward_gated(
         &self,
         exec: &Exec,
@@ -90,6 +90,7 @@ impl Model {
         assert_eq!(self.plan.converted(), 0, "gates are for base models");
         let fits = gates.alpha.iter().all(|layer| layer.len() == self.config.kv_heads);
         assert!(fits && gates.alpha.len() == self.config.layers, "one gate per layer and KV group");
+        assert!(!tape.inputs_only, "gated layers are not run again");
         self.forward_pass(exec, batch, &mut NoObserver, Some(tape), (Some(gates), None))
     }
 

@@ -218,18 +218,31 @@ impl Model {
         gate: &mut Vec<f32>,
         up: &mut Vec<f32>,
     ) {
-        let ids = &self.layout.layers[layer];
-        let (d_model, d_ff) = (self.config.d_model, self.config.d_ff);
-        let rows = h.len() / d_model;
+        let (d_model, down) = (self.config.d_model, self.params.data(self.layout.layers[layer].down));
         let MlpScratch { x, act } = scratch;
+        self.gate_and_up(exec, layer, h, x, gate, up);
+        act.resize(gate.len(), 0.0);
+        swiglu(exec, gate, up, act);
+        linear(exec, act, down, h, h.len() / d_model, d_model, Store::Accumulate);
+    }
+
+    /// The first half of [`mlp`](Self::mlp): norm of `h` into `x`, gate and up activations.
+    pub(super) fn gate_and_up(
+        &self,
+        exec: &Exec,
+        layer: usize,
+        h: &[f32],
+        x: &mut Vec<f32>,
+        gate: &mut Vec<f32>,
+        up: &mut Vec<f32>,
+    ) {
+        let ids = &self.layout.layers[layer];
+        let (rows, d_ff) = (h.len() / self.config.d_model, self.config.d_ff);
         self.norm(exec, h, ids.post_norm, x);
-        for (id, out) in [(ids.gate, &mut *gate), (ids.up, &mut *up)] {
+        for (id, out) in [(ids.gate, gate), (ids.up, up)] {
             out.resize(rows * d_ff, 0.0);
             linear(exec, x, self.params.data(id), out, rows, d_ff, Store::Overwrite);
         }
-        act.resize(rows * d_ff, 0.0);
-        swiglu(exec, gate, up, act);
-        linear(exec, act, self.params.data(ids.down), h, rows, d_model, Store::Accumulate);
     }
 
     /// Adds `out · W_Oᵀ` to `h`.

@@ -82,6 +82,9 @@ pub struct HealOptions {
     pub elastic: Vec<f64>,
     /// Seed of the LoRA initialisation and of the order of `elastic`.
     pub seed: u64,
+    /// Keep layers' inputs only and run every layer forward again in the backward pass ([`model::Tape::checkpointed`]): the same bits in less
+    /// memory and more time.
+    pub checkpoint_activations: bool,
     /// Folder of the training state and `metrics.jsonl`; made when missing.
     pub state_dir: PathBuf,
     /// Seconds between states on disk.
@@ -111,6 +114,7 @@ impl Default for HealOptions {
             clip: 1.0,
             elastic: Vec::new(),
             seed: 0,
+            checkpoint_activations: false,
             state_dir: PathBuf::new(),
             save_every_s: 120,
             save_every_steps: None,

@@ -94,6 +94,23 @@ fn distillation_lowers_the_divergence_of_every_mixer() {
 }
 
 #[test]
+fn checkpointed_activations_change_no_bit() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 1);
+    for spec in mixer_specs(8) {
+        let train = |checkpoint_activations| {
+            let dir = tempfile::tempdir().unwrap();
+            let mut hybrid = hybrid_of(&base, spec);
+            let trainable = Trainable::All;
+            let options = HealOptions { trainable, checkpoint_activations, ..options(dir.path(), 3) };
+            heal(&exec, &base, &mut hybrid, &mut stream(), &options, &mut Silent).unwrap();
+            values(&hybrid)
+        };
+        assert_eq!(train(false), train(true), "{spec:?}");
+    }
+}
+
+#[test]
 fn each_setting_trains_what_it_says() {
     let exec = Exec::new(1).unwrap();
     let base = tiny_model(&tiny_config(), 1);

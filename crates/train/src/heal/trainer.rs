@@ -91,7 +91,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// [`TrainError::Argument`] when nothing would train, or `base` is not a model the hybrid could be made of;
     /// [`TrainError::Model`] for betas of an elastic run that the hybrid's plan cannot be run at or that leave some of its heads untrained.
-    pub fn new(exec: &'a Exec, base: &'a Model, hybrid: &Model, options: &HealOptions) -> Result<Self> {
+    pub fn new(exec: &'a Exec, base: &Model, hybrid: &Model, options: &HealOptions) -> Result<Self> {
         let (ours, theirs) = (PlanModel::of(&hybrid.config), PlanModel::of(&base.config));
         if ours != theirs || hybrid.config.vocab != base.config.vocab {
             return Err(TrainError::Argument(format!(
@@ -151,7 +151,7 @@ impl<'a> Trainer<'a> {
             full,
             low_rank,
             grads: Grads::zeros(&hybrid.params, &ids),
-            tape: Tape::default(),
+            tape: if options.checkpoint_activations { Tape::checkpointed() } else { Tape::default() },
             logits: LogitBuffers::default(),
         })
     }

@@ -29,10 +29,10 @@ impl Model {
         grads: &mut Grads,
         mut dx: Option<&mut Vec<f32>>,
     ) {
-        let Pass { exec, batch, tape } = *pass;
+        let Pass { exec, batch, memory, .. } = *pass;
         let (sequences, d_model) = (batch.sequences(), self.config.d_model);
         let ids = &self.layout.layers[layer];
-        let saved = &tape.layers[layer].saved;
+        let saved = &memory.saved;
         assert_eq!(saved.len(), ids.converted.len() * sequences, "the tape was filled under another plan");
         let need_dx = dx.is_some();
         // Groups of which nobody needs anything are left out.

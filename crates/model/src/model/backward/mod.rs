@@ -3,12 +3,12 @@
 mod heads;
 
 use super::Model;
-use super::batch::{LayerTape, Tape};
+use super::batch::{self, Forward, LayerTape, Tape};
 use super::gates::Part;
 use super::layout::Run;
 use super::parts::{Block, pack};
 use super::tokens::{TokenBatch, rows_of};
-use crate::observe::GradObserver;
+use crate::observe::{GradObserver, NoObserver};
 use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
 use kernels::elementwise::{add_column_sums, rms_norm_backward, swiglu, swiglu_backward};
@@ -16,11 +16,23 @@ use kernels::rope::Rotation;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
 use std::borrow::Cow;
 
-/// What every layer's backward reads.
+/// What a layer's backward reads.
 struct Pass<'a> {
     exec: &'a Exec,
     batch: &'a TokenBatch,
-    tape: &'a Tape,
+    /// Layer input `[rows, d_model]`.
+    input: &'a [f32],
+    /// What else the layer's forward pass left.
+    memory: &'a LayerTape,
+}
+
+/// A layer's forward pass run again, for tapes that keep inputs only; reused from layer to layer.
+#[derive(Default)]
+struct Replay {
+    memory: LayerTape,
+    h: Vec<f32>,
+    x: Vec<f32>,
+    scratch: batch::Scratch,
 }
 
 /// Buffers reused from layer to layer.
@@ -116,9 +128,14 @@ impl Model {
             grads.get_mut(norm),
         );
         let Some(lowest) = lowest else { return };
-        let pass = Pass { exec, batch, tape };
-        let mut scratch = Scratch::default();
+        let (mut scratch, mut replay) = (Scratch::default(), Replay::default());
         for layer in (lowest..self.config.layers).rev().filter(|&layer| !self.plan.is_skipped(layer)) {
+            let input = &tape.layers[layer].input;
+            if tape.inputs_only {
+                self.replay(exec, batch, layer, input, &mut replay);
+            }
+            let memory = if tape.inputs_only { &replay.memory } else { &tape.layers[layer] };
+            let pass = Pass { exec, batch, input, memory };
             self.mlp_backward(&pass, layer, &mut dh, grads, &mut scratch);
             let below = below_layers || layer > lowest;
             self.attention_block_backward(&pass, layer, &mut dh, grads, observer, below, &mut scratch);
@@ -129,6 +146,16 @@ impl Model {
                 add(dh, &mut grad[token as usize * d_model..(token as usize + 1) * d_model]);
             }
         }
+    }
+
+    /// Fills `replay.memory` with what the layer's forward pass over `input` would have left on a complete tape.
+    fn replay(&self, exec: &Exec, batch: &TokenBatch, layer: usize, input: &[f32], replay: &mut Replay) {
+        let Replay { memory, h, x, scratch } = replay;
+        h.clear();
+        h.extend_from_slice(input);
+        let pass = Forward { exec, batch, record: true, gates: None, edits: None };
+        self.attention_block(&pass, layer, h, memory, scratch, &mut NoObserver);
+        self.gate_and_up(exec, layer, h, x, &mut memory.gate, &mut memory.up);
     }
 
     /// Every parameter of a layer.
@@ -148,8 +175,8 @@ impl Model {
         grads: &mut Grads,
         scratch: &mut Scratch,
     ) {
-        let Pass { exec, batch, tape } = *pass;
-        let LayerTape { mid, gate, up, .. } = &tape.layers[layer];
+        let Pass { exec, batch, memory, .. } = *pass;
+        let LayerTape { mid, gate, up, .. } = memory;
         let ids = &self.layout.layers[layer];
         let (rows, d_model, d_ff) = (batch.rows(), self.config.d_model, self.config.d_ff);
         let Scratch { x, dx, act, dact, dgate, dup, .. } = scratch;
@@ -187,13 +214,12 @@ impl Model {
         below: bool,
         scratch: &mut Scratch,
     ) {
-        let Pass { exec, batch, tape } = *pass;
-        let LayerTape { input, out, .. } = &tape.layers[layer];
+        let Pass { exec, batch, input, memory } = *pass;
         let ids = &self.layout.layers[layer];
         let (rows, d_model, width) =
             (batch.rows(), self.config.d_model, self.config.heads * self.config.head_dim);
         let Scratch { x, dx, dout, .. } = scratch;
-        weight_grad(exec, grads, ids.o, dh, out, (rows, d_model, width));
+        weight_grad(exec, grads, ids.o, dh, &memory.out, (rows, d_model, width));
         dout.resize(rows * width, 0.0);
         input_grad(exec, dh, self.params.data(ids.o), dout, (rows, d_model, width), Store::Overwrite);
         for (sequence, rows) in batch.ranges().enumerate() {
@@ -239,12 +265,12 @@ impl Model {
         grads: &mut Grads,
         mut dx: Option<&mut Vec<f32>>,
     ) {
-        let Pass { exec, batch, tape } = *pass;
+        let Pass { exec, batch, memory, .. } = *pass;
         let ids = &self.layout.layers[layer];
         if ids.kept == 0 {
             return;
         }
-        let LayerTape { qkv, out, lse, streaming, .. } = &tape.layers[layer];
+        let LayerTape { qkv, out, lse, streaming, .. } = memory;
         let (rows, groups) = (batch.rows(), self.config.kv_heads);
         let per_group = self.config.group_size() * self.config.head_dim;
         let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
