@@ -2,7 +2,7 @@
 
 mod recipe;
 
-use crate::common::{DataArgs, TrainExecArgs, check_context, check_output, documents, load, usage};
+use crate::common::{DataArgs, Loaded, TrainExecArgs, check_context, check_output, documents, load, usage};
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use std::path::PathBuf;
@@ -19,9 +19,10 @@ use train::heal::{HealOptions, Stage, Trainable, heal};
 /// `<out>.work`, with a report; --resume continues there. The result's `recipe.json` tells every setting, tokens and minutes.
 ///
 /// Examples:
-///   recurformer heal --recipe default --base smollm2-135m --beta 0.75 --data english-mixed retrieval:context=512 --out healed
-///   recurformer heal --recipe default --base smollm2-135m --elastic 0.5,0.75,0.9 --data english-mixed retrieval:context=512 --out elastic
-///   recurformer heal --recipe paper --base smollm2-135m --beta 0.5 --data english-mixed --out paper
+///   recurformer heal --recipe default --base smollm2-135m --beta 0.75 --out healed
+///   recurformer heal --recipe default --base smollm2-135m --elastic 0.5,0.75,0.9 --out elastic
+///   recurformer heal --recipe default --base my-model --beta 0.5 --data notes.txt retrieval:context=512 --tokens 400000 --out healed
+///   recurformer heal --recipe paper --base smollm2-135m --beta 0.5 --out paper
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --stage distill --tokens 32768 --out healed
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-small --elastic 0.5,0.75,0.9 --out elastic
 ///   recurformer heal --model hybrid --base smollm2-135m --data english-mixed retrieval:context=512 --context 512 --out healed
@@ -37,13 +38,14 @@ pub struct Args {
     /// The base model it was made from.
     #[arg(long)]
     base: String,
-    #[command(flatten)]
-    data: DataArgs,
+    /// Text to train on, as for `align`. With --recipe [default: english-mixed, and retrieval of 256, 512 and 1,024 tokens].
+    #[arg(long, num_args = 1.., required_unless_present = "recipe", value_name = "FILE")]
+    data: Vec<String>,
     /// Loss.
     #[arg(long, value_enum, default_value_t = StageArg::Distill)]
     stage: StageArg,
     /// Tokens to train on [default: 32768]. With --recipe: tokens of align and heal together, shared out as the recipe does [default:
-    /// 589824].
+    /// 1294336].
     #[arg(long)]
     tokens: Option<u64>,
     /// Tokens of a training item: a window of a long document, or several short ones, each a sequence of its own.
@@ -74,6 +76,9 @@ pub struct Args {
     /// Weight of the next-token loss (distill).
     #[arg(long, default_value_t = 0.1)]
     ce_weight: f32,
+    /// Keep layers' inputs only and run every layer again in the backward pass: the same result in less memory and more time.
+    #[arg(long)]
+    checkpoint_activations: bool,
     /// Seed.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -94,16 +99,26 @@ pub struct Args {
 }
 
 /// Options of single runs.
-const SET_BY_A_RECIPE: [&str; 9] =
-    ["model", "stage", "context", "batch", "accumulate", "train", "lr", "kl_weight", "ce_weight"];
+const SET_BY_A_RECIPE: [&str; 10] = [
+    "model",
+    "stage",
+    "context",
+    "batch",
+    "accumulate",
+    "train",
+    "lr",
+    "kl_weight",
+    "ce_weight",
+    "checkpoint_activations",
+];
 const TOKENS: u64 = 32_768;
 
 /// `--recipe`.
 #[derive(clap::ValueEnum, Clone, Copy, Debug)]
 pub enum RecipeArg {
-    /// Mamba-2 heads beside a window of 64 and one sink, aligned, chosen by their own error, then distilled: 524,288 + 65,536 tokens.
+    /// Mamba-2 heads beside a window of 64 and one sink, aligned, chosen by their own error, then distilled: 1,048,576 + 245,760 tokens.
     Default,
-    /// The paper's: fresh Mamba blocks by recency, then all weights trained on next tokens: 589,824 tokens.
+    /// The paper's: fresh Mamba blocks by recency, then all weights trained on next tokens: 1,294,336 tokens.
     Paper,
 }
 
@@ -150,7 +165,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         ui.say("note: the hybrid is elastic, and trained for its plan's own beta only it will not be any more; --elastic keeps it so");
     }
     check_context(&base.model.config, args.context)?;
-    let documents = documents(&args.data, Split::Train, &base.checkpoint, &exec, ui)?;
+    let documents =
+        documents(&DataArgs { data: args.data.clone() }, Split::Train, &base.checkpoint, &exec, ui)?;
     let mut stream = SequenceStream::new(&documents, args.context, args.seed)?;
     let defaults = HealOptions::default();
     let mut state_dir = args.out.clone().into_os_string();
@@ -167,14 +183,15 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         lr: args.lr.unwrap_or(defaults.lr),
         elastic: args.elastic.clone(),
         seed: args.seed,
+        checkpoint_activations: args.checkpoint_activations,
         state_dir: state_dir.into(),
         resume: args.resume,
         save_every_s: args.save_every,
         ..defaults
     };
-    let mut trained = hybrid.model.clone();
+    let Loaded { checkpoint, model: mut trained } = hybrid;
     let metrics = heal(&exec, &base.model, &mut trained, &mut stream, &options, ui)?;
-    save_model(&hybrid.checkpoint, &trained, &args.out, ui)?;
+    save_model(&checkpoint, &trained, &args.out, ui)?;
     if let (Some(first), Some(last)) = (metrics.first(), metrics.last())
         && args.elastic.is_empty()
     {

@@ -140,15 +140,15 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
 
 /// The default recipe with budgets of a few minutes.
 fn recipe(args: &Args) -> Recipe {
-    let align = Align { tokens: args.align_tokens, heldout_items: 2, fisher_items: 4, ..ALIGN };
+    let align = Align { tokens: args.align_tokens, context: 512, heldout_items: 2, ..ALIGN };
     Recipe {
         name: "quickstart",
         seeds: Seeds::new(args.seed),
         analyze: Analyze { tokens: args.analyze_tokens, ..DEFAULT.analyze },
         mixer: Mixer { window: args.window, sinks: usize::from(args.window > 0), ..DEFAULT.mixer },
         align: Some(align),
-        // Few steps.
-        heal: Heal { tokens: args.heal_tokens, warmup: 4, ..DEFAULT.heal },
+        // Few tokens: more, smaller steps with a lower peak.
+        heal: Heal { tokens: args.heal_tokens, context: 512, lr: 2e-4, warmup: 4, ..DEFAULT.heal },
         ..DEFAULT
     }
 }

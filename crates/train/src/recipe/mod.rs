@@ -17,11 +17,13 @@ use model::{MixerSpec, ModelConfig, ModelError, RecurrentKind};
 use serde::{Deserialize, Serialize};
 use surgery::criteria;
 
-/// Every setting of the way from a base model to a healed hybrid. Not in it: the models, the text and the [`Budget`].
+/// Every setting of the way from a base model to a healed hybrid. Not in it: the models and the [`Budget`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Recipe {
     /// Its name.
     pub name: &'static str,
+    /// The text it is meant for, names that [`crate::data::DataSource::parse`] reads; other text may be given.
+    pub text: &'static [&'static str],
     /// Seeds of everything that is drawn.
     pub seeds: Seeds,
     /// How heads are measured.
@@ -114,17 +116,19 @@ pub struct Heal {
 ///
 /// | Setting | Why |
 /// |---|---|
+/// | `english-mixed` and retrieval texts of 256, 512 and 1,024 tokens | without text that retrieves, passkeys are lost at contexts whose length training never showed (`docs/log`) |
 /// | analyze 6,144 tokens | gives the starting decays only; what `docs/results.md` used |
 /// | mamba2 beside a window of 64 and one sink | cheapest error found at this size; the window is worth more than any other choice, and without the sink it fails |
-/// | align 524,288 tokens in items of 512 | `docs/results.md`: KL 0.016 at β 0.5 before any end-to-end training; twice the items' length gains little (`docs/log`) |
+/// | align 1,048,576 tokens in items of 1,024 | `docs/results.md`; half as many tokens in items of half the length give KL 0.016 at β 0.5 before any end-to-end training |
 /// | 1,024 tokens a step, peak 8e-3 (projections half), 10 steps of warm-up, cosine to 5 %, clip 1 | defaults of `align`, whose rates were searched: 2e-3 is far too low |
 /// | measured on 4 items of 1,024 each | `align`'s default of 4,096 tokens |
 /// | mixer-fisher | ranks trained heads by what their own error costs: the best choice measured at every β |
 /// | distil, 0.9 KL + 0.1 next-token loss, new heads only | training all weights gained a percent of perplexity and lost KL |
-/// | 65,536 tokens, batch 1, peak 2e-4 | few tokens: many small steps with a low peak; 2e-3 undoes part of what `align` reached (`docs/log`) |
+/// | 245,760 tokens in items of 1,024, batch 1, peak 5e-4 | 240 steps, 80 for each of three budgets; with fewer tokens a lower peak is better, and 2e-3 undoes part of what `align` reached (`docs/log`) |
 /// | 10 steps of warm-up, cosine to 10 %, AdamW (0.9, 0.95), no decay, clip 1 | defaults of `heal` |
 pub const DEFAULT: Recipe = Recipe {
     name: "default",
+    text: &["english-mixed", "retrieval:context=256", "retrieval:context=512", "retrieval:context=1024"],
     seeds: Seeds::new(0),
     analyze: Analyze { tokens: 6_144, context: 1024 },
     mixer: Mixer { recurrent: RecurrentKind::Mamba2, window: 64, sinks: 1 },
@@ -133,11 +137,11 @@ pub const DEFAULT: Recipe = Recipe {
     heal: Heal {
         stage: Stage::Distill { kl: 0.9, ce: 0.1 },
         trainable: Trainable::Heads,
-        tokens: 65_536,
-        context: 512,
+        tokens: 245_760,
+        context: 1024,
         batch: 1,
         accumulate: 1,
-        lr: 2e-4,
+        lr: 5e-4,
         projection_lr_scale: 0.3,
         base_lr_scale: 0.05,
         betas: (0.9, 0.95),
@@ -150,8 +154,8 @@ pub const DEFAULT: Recipe = Recipe {
 
 /// The alignment of [`DEFAULT`].
 pub const ALIGN: Align = Align {
-    tokens: 524_288,
-    context: 512,
+    tokens: 1_048_576,
+    context: 1024,
     tokens_per_step: 1024,
     lr: 8e-3,
     projection_lr_scale: 0.5,
@@ -171,9 +175,9 @@ pub const ALIGN: Align = Align {
 /// | recency | the paper's criterion, here by budget instead of a threshold, since groups are converted whole |
 /// | mamba without a window | the paper's block, drawn anew; no align, so heads start fresh |
 /// | `continue`, all weights | the paper's continual training |
-/// | 589,824 tokens | what [`DEFAULT`] spends on align and heal together |
-/// | batch 2, peak 2e-3 for the new blocks and 1e-4 for reused weights | not the paper's: defaults of `heal`; fresh blocks need the higher rate, pretrained weights do not bear it |
-/// | analyze, contexts, other settings | as in [`DEFAULT`] |
+/// | 1,294,336 tokens | what [`DEFAULT`] spends on align and heal together |
+/// | batches of 2 items of 512, peak 2e-3 for the new blocks and 1e-4 for reused weights | not the paper's: defaults of `heal`; fresh blocks need the higher rate, pretrained weights do not bear it |
+/// | text, analyze, other settings | as in [`DEFAULT`] |
 pub const PAPER: Recipe = Recipe {
     name: "paper",
     mixer: Mixer { recurrent: RecurrentKind::Mamba, window: 0, sinks: 0 },
@@ -182,7 +186,8 @@ pub const PAPER: Recipe = Recipe {
     heal: Heal {
         stage: Stage::Continue,
         trainable: Trainable::All,
-        tokens: 589_824,
+        tokens: 1_294_336,
+        context: 512,
         batch: 2,
         lr: 2e-3,
         ..DEFAULT.heal

@@ -1,7 +1,7 @@
 //! `heal --recipe`: all stages from a base model to a healed hybrid.
 
 use super::{Args, RecipeArg};
-use crate::common::{check_output, documents, load, print_json, usage};
+use crate::common::{DataArgs, check_output, documents, load, print_json, usage};
 use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::{Result, bail};
@@ -51,8 +51,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             base.model.config.max_context, args.base
         ));
     }
+    let data = match args.data.is_empty() {
+        true => fitted.text.iter().map(ToString::to_string).collect(),
+        false => args.data.clone(),
+    };
+    let data = DataArgs { data };
     // The built-in texts' held-out parts stay unseen, for `eval`.
-    let (train, heldout) = split_pair(documents(&args.data, Split::Train, &base.checkpoint, &exec, ui)?);
+    let (train, heldout) = split_pair(documents(&data, Split::Train, &base.checkpoint, &exec, ui)?);
     let stages = Run {
         exec: &exec,
         checkpoint: &base.checkpoint,
@@ -65,7 +70,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         save_every_s: args.save_every,
         numbering: Numbering::default(),
     };
-    let mut record = Record::open(&stages, &args.base, &args.data.data, args.resume)?;
+    let mut record = Record::open(&stages, &args.base, &data.data, args.resume)?;
     let outcome = recipe::run(&stages, Some(&mut record), ui)?;
     page(args, &exec, &record, &outcome.plan)?.write_html(&work.join("report.html"))?;
     publish(&work, &record, &args.out)?;
@@ -142,7 +147,7 @@ fn page(args: &Args, exec: &Exec, record: &Record, plan: &HeadPlan) -> Result<Re
         plan.converted(),
         plan.total(),
         args.base,
-        args.data.data.join(", ")
+        record.data.join(", ")
     );
     for source in &mut report.sources {
         source.run = Some(RunInfo { seeds: vec![args.seed], ..run_info(exec) });
