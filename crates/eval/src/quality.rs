@@ -145,19 +145,31 @@ impl Sums {
         if let Some(teacher) = teacher {
             loss::kl_divergence(exec, teacher, student, vocab, 1.0, &mut per_row, None);
             self.kl += sum(&per_row);
-            let rows = teacher.chunks(vocab).zip(student.chunks(vocab));
-            self.agree += rows.filter(|(a, b)| argmax(a) == argmax(b)).count();
+            let agree = exec.parallel_map(targets.len(), |r| {
+                let [teacher, student] = [teacher, student].map(|logits| &logits[r * vocab..][..vocab]);
+                argmax(teacher) == argmax(student)
+            });
+            self.agree += agree.into_iter().filter(|&agree| agree).count();
         }
         self.tokens += targets.len();
     }
 }
 
-/// The first of the largest values.
+/// The first of the largest values; NaN counts as smaller than any.
 pub(crate) fn argmax(row: &[f32]) -> usize {
-    row.iter()
-        .enumerate()
-        .fold((0, f32::NEG_INFINITY), |best, (i, &x)| if x > best.1 { (i, x) } else { best })
-        .0
+    const LANES: usize = 16;
+    let larger = |best: f32, x: f32| if x > best { x } else { best };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    // Lane by lane, which is compiled to vectors.
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (best, &x) in lanes.iter_mut().zip(chunk) {
+            *best = larger(*best, x);
+        }
+    }
+    let best = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    row.iter().position(|&x| x == best && best > f32::NEG_INFINITY).unwrap_or(0)
 }
 
 fn summarise(texts: &[EvalText], sums: &[Sums], compared: bool) -> Quality {
@@ -185,4 +197,35 @@ fn summarise(texts: &[EvalText], sums: &[Sums], compared: bool) -> Quality {
         tokens,
     };
     Quality { files, overall }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_of_the_largest_values_wins() {
+        let naive = |row: &[f32]| {
+            let better =
+                |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
+            row.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
+        };
+        for len in [0, 1, 15, 16, 17, 31, 33, 100] {
+            for at in 0..len {
+                let mut row: Vec<f32> = (0..len).map(|i| ((i * 7) % 11) as f32).collect();
+                assert_eq!(argmax(&row), naive(&row), "ties of {len}");
+                row[at] = 20.0;
+                assert_eq!(argmax(&row), at, "{len}");
+                row[(at + 3) % len] = 20.0;
+                assert_eq!(argmax(&row), at.min((at + 3) % len), "{len}");
+                row[0] = f32::NAN;
+                assert_eq!(argmax(&row), naive(&row), "NaN of {len}");
+                row.fill(f32::NEG_INFINITY);
+                assert_eq!(argmax(&row), 0);
+                row[at] = -1e30;
+                assert_eq!(argmax(&row), at);
+            }
+        }
+        assert_eq!(argmax(&[]), 0);
+    }
 }

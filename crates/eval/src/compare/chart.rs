@@ -82,7 +82,7 @@ pub fn svg(comparison: &Comparison) -> String {
     for (i, (name, points)) in series.iter().enumerate() {
         let configuration = &points[0].configuration;
         let dash = ["", "6 3", "2 3", "9 3 2 3", "1 4"][index(&mut methods, configuration.method) % 5];
-        let color = index(&mut criteria, configuration.criterion.clone()) % 8;
+        let color = index(&mut criteria, (&configuration.criterion, &configuration.hybrid)) % 8;
         let style = format!(
             "stroke: var(--c{color}); stroke-dasharray: {}",
             if dash.is_empty() { "none" } else { dash }

@@ -1,6 +1,6 @@
 //! Which configurations a comparison has, and the plan of each. Knows scores and budgets; runs nothing.
 
-use super::{CompareOptions, Inputs, Settings};
+use super::{CompareOptions, Hybrid, Inputs, Settings};
 use crate::error::{EvalError, Result};
 use model::plan::PlanCriterion;
 use model::{Dropped, HeadPlan, MixerSpec};
@@ -25,10 +25,12 @@ pub enum Method {
     StreamingLlm,
     /// Layers whose output is most like their input are left out until the cache fits the budget; chooses no groups.
     SkippedLayers,
+    /// A finished hybrid that was given.
+    Hybrid,
 }
 
 impl Method {
-    /// All of them, in the order of results.
+    /// All that a comparison makes itself, in the order of results.
     pub const ALL: [Self; 6] = [
         Self::Window,
         Self::WindowAveraged,
@@ -47,12 +49,13 @@ impl Method {
             Self::DuoAttention => "duo-attention",
             Self::StreamingLlm => "streaming-llm",
             Self::SkippedLayers => "skipped-layers",
+            Self::Hybrid => "hybrid",
         }
     }
 
     /// Whether a criterion chooses its groups.
     pub fn chooses(self) -> bool {
-        !matches!(self, Self::StreamingLlm | Self::SkippedLayers)
+        !matches!(self, Self::StreamingLlm | Self::SkippedLayers | Self::Hybrid)
     }
 }
 
@@ -67,13 +70,22 @@ pub struct Configuration {
     /// Seed of `random`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// Name of a finished hybrid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hybrid: Option<String>,
+    /// SHA-256 of its plan and tensors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
     /// Budget: the share of groups converted, or the share whose cache a baseline without a choice gets.
     pub beta: f64,
 }
 
 impl Configuration {
-    /// Method, criterion and draw: what is one line over the budgets.
+    /// Method, criterion and draw, or the name of a hybrid: what is one line over the budgets.
     pub fn series(&self) -> String {
+        if let Some(name) = &self.hybrid {
+            return name.clone();
+        }
         let mut name = self.method.name().to_string();
         if let Some(criterion) = &self.criterion {
             name = format!("{name}, {criterion}");
@@ -120,6 +132,13 @@ impl<'a> Planner<'a> {
             .iter()
             .map(|name| Ok((name.clone(), criteria::scores(name, inputs.heads, inputs.bank, settings.seed)?)))
             .collect::<Result<_>>()?;
+        let names: Vec<&str> = inputs.hybrids.iter().map(|hybrid| hybrid.name.as_str()).collect();
+        if let Some(name) = names.iter().enumerate().find_map(|(i, n)| names[..i].contains(n).then_some(n)) {
+            return bad(format!("two hybrids are named {name}\nhint: give each a name of its own"));
+        }
+        if let Some(hybrid) = inputs.hybrids.iter().find(|hybrid| hybrid.betas(&options.betas).is_empty()) {
+            return bad(format!("{} was trained for none of the budgets asked for", hybrid.name));
+        }
         let planner = Self { inputs, options, settings, scores };
         // A budget that no plan can meet should say so now.
         for configuration in planner.configurations() {
@@ -147,19 +166,40 @@ impl<'a> Planner<'a> {
             }
             for (criterion, seed) in chosen {
                 for &beta in &self.options.betas {
-                    let configuration = Configuration { method, criterion: criterion.clone(), seed, beta };
+                    let criterion = criterion.clone();
+                    let configuration =
+                        Configuration { method, criterion, seed, hybrid: None, sha256: None, beta };
                     if !list.contains(&configuration) {
                         list.push(configuration);
                     }
                 }
             }
         }
+        for hybrid in self.inputs.hybrids {
+            list.extend(hybrid.betas(&self.options.betas).into_iter().map(|beta| Configuration {
+                method: Method::Hybrid,
+                criterion: None,
+                seed: None,
+                hybrid: Some(hybrid.name.clone()),
+                sha256: Some(hybrid.sha256().into()),
+                beta,
+            }));
+        }
         list
+    }
+
+    /// The finished hybrid that a configuration names.
+    pub fn hybrid(&self, configuration: &Configuration) -> Option<&'a Hybrid> {
+        let name = configuration.hybrid.as_ref()?;
+        self.inputs.hybrids.iter().find(|hybrid| hybrid.name == *name)
     }
 
     /// Which group is what in a configuration.
     pub fn plan(&self, configuration: &Configuration) -> Result<HeadPlan> {
-        let Configuration { method, criterion, seed, beta } = configuration;
+        let Configuration { method, criterion, seed, beta, .. } = configuration;
+        if let Some(hybrid) = self.hybrid(configuration) {
+            return hybrid.plan(*beta);
+        }
         let config = &self.inputs.model.config;
         let Some(name) = criterion else {
             let tokens = self.settings.context;
@@ -201,7 +241,7 @@ impl<'a> Planner<'a> {
     fn mixer(&self, method: Method) -> MixerSpec {
         let own = select::window_only(self.settings.window, self.settings.sinks);
         match method {
-            Method::Window | Method::StreamingLlm | Method::SkippedLayers => own,
+            Method::Window | Method::StreamingLlm | Method::SkippedLayers | Method::Hybrid => own,
             Method::WindowAveraged => MixerSpec { dropped: Dropped::Averaged, ..own },
             Method::Bank => self.inputs.bank.map_or(own, |bank| bank.info.spec),
             Method::DuoAttention => select::window_only(DUO_WINDOW, DUO_SINKS),

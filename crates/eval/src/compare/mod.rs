@@ -1,8 +1,9 @@
-//! Many conversions of one model judged on the same text and prompts: every criterion at every budget, and baselines beside them.
+//! Many conversions of one model judged on the same text and prompts: every criterion at every budget, baselines and finished hybrids beside them.
 //! Converts in memory; results go to a file one configuration at a time, so that an interrupted comparison goes on.
 
 mod chart;
 mod file;
+mod hybrid;
 mod judge;
 mod method;
 mod rank;
@@ -12,6 +13,7 @@ mod tests;
 
 pub use chart::{html, svg};
 pub use file::{ResultsFile, Settings};
+pub use hybrid::Hybrid;
 pub use judge::{Distance, Estimate, Reference};
 pub use method::{Configuration, Method};
 pub use rank::{RankCorrelation, spearman};
@@ -46,6 +48,8 @@ pub struct Inputs<'a> {
     pub heads: &'a HeadsReport,
     /// Trained heads, for the method `bank` and criteria measured on them.
     pub bank: Option<&'a HeadBank>,
+    /// Finished hybrids to judge beside the conversions; names differ.
+    pub hybrids: &'a [Hybrid],
     /// Types that base and conversions run in, the same for all.
     pub engine: EngineOptions,
 }
@@ -166,9 +170,15 @@ pub fn compare(
         }
         for configuration in left {
             let plan = planner.plan(configuration)?;
-            let bank = inputs.bank.filter(|_| configuration.method == Method::Bank);
-            let hybrid = convert_in_memory(inputs.model, &plan, bank, Some(inputs.heads), settings.seed)?;
-            let engine = Engine::from_model(exec, &hybrid, inputs.engine)?;
+            let engine = match planner.hybrid(configuration) {
+                Some(hybrid) => hybrid.engine(exec, configuration.beta, inputs.engine)?,
+                None => {
+                    let bank = inputs.bank.filter(|_| configuration.method == Method::Bank);
+                    let heads = Some(inputs.heads);
+                    let hybrid = convert_in_memory(inputs.model, &plan, bank, heads, settings.seed)?;
+                    Engine::from_model(exec, &hybrid, inputs.engine)?
+                }
+            };
             let name = configuration.to_string();
             let clock = Instant::now();
             let distance = reference.judge(&engine, &name, progress)?;

@@ -6,6 +6,7 @@ use model::Silent;
 use model::plan::PlanModel;
 use std::cell::Cell;
 use std::path::Path;
+use surgery::convert::convert;
 use surgery::stats::{AnalyzeOptions, analyze};
 use train::data::Document;
 use weights::Checkpoint;
@@ -46,6 +47,7 @@ impl Fixture {
             texts: &self.texts,
             heads: &self.heads,
             bank: None,
+            hybrids: &[],
             engine: EngineOptions::EXACT,
         }
     }
@@ -64,6 +66,21 @@ impl Fixture {
             passkey_samples: 0,
             seed: 5,
         }
+    }
+
+    /// A hybrid on disk with windows of four tokens in half of the groups, as the configuration `window, recency` has them.
+    fn write_hybrid(&self, path: &Path, seed: u64) {
+        let plan = {
+            let (inputs, settings) = (self.inputs(), self.settings());
+            let wanted = options(&[Method::Window], &["recency", "random"], &[0.5]);
+            let planner = Planner::new(&inputs, &wanted, &settings).unwrap();
+            let configurations = planner.configurations();
+            let of = |seed: Option<u64>| configurations.iter().find(|c| c.seed == seed).unwrap();
+            planner.plan(of((seed > 0).then_some(seed))).unwrap()
+        };
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/data/llama3");
+        let checkpoint = Checkpoint::open(&base).unwrap();
+        convert(&checkpoint, &plan, None, Some(&self.heads), 0, path, &mut Silent).unwrap();
     }
 
     fn compare(
@@ -163,6 +180,43 @@ fn a_row_is_what_evaluate_says_of_the_converted_model() {
     }
     assert_eq!(comparison.rank_correlation.criteria, ["recency", "random"]);
     assert_eq!(comparison.rank_correlation.rho[0][0], Some(1.0));
+}
+
+#[test]
+fn finished_hybrids_are_judged_like_conversions() {
+    let fixture = fixture();
+    let dir = tempfile::tempdir().unwrap();
+    let [path, results] = ["hybrid", "r.jsonl"].map(|name| dir.path().join(name));
+    fixture.write_hybrid(&path, 0);
+    let wanted = options(&[Method::Window], &["recency"], &[0.5, 1.0]);
+    let run = |names: &[&str], progress: &mut dyn Progress| {
+        let open = |name: &&str| Hybrid::open(name, &path, &fixture.model).unwrap();
+        let hybrids: Vec<Hybrid> = names.iter().map(open).collect();
+        let mut file = ResultsFile::open(&results, fixture.settings()).unwrap();
+        let inputs = Inputs { hybrids: &hybrids, ..fixture.inputs() };
+        compare(&fixture.exec, &inputs, &wanted, &mut file, progress)
+    };
+    let comparison = run(&["mine"], &mut Silent).unwrap();
+    let [window, _, hybrid] = &comparison.rows[..] else { panic!("three rows") };
+    assert_eq!((hybrid.configuration.to_string().as_str(), hybrid.configuration.beta), ("mine, β 0.5", 0.5));
+    assert_eq!((hybrid.distance, hybrid.cache_bytes), (window.distance, window.cache_bytes));
+    assert_eq!((&hybrid.mixer, hybrid.converted), (&window.mixer, window.converted));
+    // Known by its content: another hybrid in its place is judged anew.
+    let mut counting = Counting::default();
+    run(&["mine"], &mut counting).unwrap();
+    assert_eq!(counting.judged, 0);
+    std::fs::remove_dir_all(&path).unwrap();
+    fixture.write_hybrid(&path, 5);
+    let other = run(&["mine"], &mut counting).unwrap();
+    assert_eq!((counting.judged, other.rows.len()), (1, 3));
+    let chart = svg(&other);
+    assert_eq!((chart.matches("<circle").count(), chart.matches("<polyline").count()), (3, 2));
+    // Names are keys, and a base is no hybrid.
+    let message = run(&["mine", "mine"], &mut Silent).unwrap_err().to_string();
+    assert!(message.contains("two hybrids are named mine"), "{message}");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/data/llama3");
+    let message = Hybrid::open("base", &base, &fixture.model).unwrap_err().to_string();
+    assert!(message.contains("not a hybrid") && message.contains("hint:"), "{message}");
 }
 
 #[test]

@@ -4,13 +4,14 @@ use crate::common::{
     DataArgs, ExecArgs, TypeArgs, check_context, check_output, documents, load, print_json, usage,
 };
 use crate::ui::Ui;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use eval::compare::{
-    CompareOptions, Inputs, Method, ResultsFile, Settings, available_criteria, compare, html, markdown, svg,
+    CompareOptions, Hybrid, Inputs, Method, ResultsFile, Settings, available_criteria, compare, html,
+    markdown, svg,
 };
 use eval::text::{WindowOptions, windows};
-use model::EngineOptions;
 use model::plan::PlanModel;
+use model::{EngineOptions, Model};
 use std::path::{Path, PathBuf};
 use surgery::{HeadBank, HeadsReport, criteria};
 use train::data::Split;
@@ -24,6 +25,8 @@ use train::data::Split;
 /// Example:
 ///   recurformer eval compare --model smollm2-135m --heads heads.json --bank bank.safetensors --data english-mixed \
 ///     --betas 0.25,0.5,0.75 --max-tokens 2048 --out compare.jsonl --html compare.html
+///   recurformer eval compare --model smollm2-135m --heads heads.json --bank bank.safetensors --criteria mixer-fisher,kl-fisher \
+///     --hybrids healed=elastic --betas 0.5,0.75,0.9 --data english-mixed --weights bf16 --out compare.jsonl
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct CompareArgs {
@@ -43,6 +46,10 @@ pub struct CompareArgs {
     /// budget at --context: streaming-llm (a window in every group), skipped-layers (layers that change the residual stream least are left out). Default: all that --bank and heads.json allow.
     #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(Method::ALL.map(Method::name)))]
     methods: Vec<String>,
+    /// Finished hybrids to judge beside them, NAME=FOLDER or a folder: at each of --betas one from `heal --elastic` was healed for, others at
+    /// their own.
+    #[arg(long, num_args = 1.., value_name = "NAME=FOLDER")]
+    hybrids: Vec<String>,
     /// How groups are chosen, comma-separated (default: everything that heads.json and the bank hold scores of).
     #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(criteria::NAMES))]
     criteria: Vec<String>,
@@ -111,6 +118,7 @@ pub fn run(args: &CompareArgs, ui: &mut Ui) -> Result<()> {
     if args.samples > 0 {
         passkey_contexts.iter().try_for_each(|&context| check_context(config, context))?;
     }
+    let hybrids = args.hybrids(&base.model)?;
     let documents = documents(&args.data, Split::Heldout, &base.checkpoint, &exec, ui)?;
     let cut = WindowOptions { context: args.context, stride: None, bos: None, max_tokens: args.max_tokens };
     let texts = windows(&documents, &cut)?;
@@ -139,6 +147,7 @@ pub fn run(args: &CompareArgs, ui: &mut Ui) -> Result<()> {
         texts: &texts,
         heads: &heads,
         bank: bank.as_ref(),
+        hybrids: &hybrids,
         engine,
     };
     let options = CompareOptions {
@@ -166,6 +175,17 @@ pub fn run(args: &CompareArgs, ui: &mut Ui) -> Result<()> {
 }
 
 impl CompareArgs {
+    fn hybrids(&self, base: &Model) -> Result<Vec<Hybrid>> {
+        let open = |arg: &String| {
+            let (name, path) = match arg.split_once('=') {
+                Some((name, path)) if !name.is_empty() => (name, Path::new(path)),
+                _ => (arg.as_str(), Path::new(arg)),
+            };
+            Hybrid::open(name, path, base).with_context(|| format!("opening {}", path.display()))
+        };
+        self.hybrids.iter().map(open).collect()
+    }
+
     fn methods(&self, heads: &HeadsReport) -> Vec<Method> {
         let wanted = |method: &Method| match &*self.methods {
             [] => match method {
