@@ -81,6 +81,8 @@ pub struct MqarTraining {
     pub warmup: u64,
     /// AdamW's weight decay.
     pub weight_decay: f32,
+    /// Size of the embeddings at the start, in `1 / √width`; they are the output projection, too.
+    pub embedding_scale: f32,
     /// Training ends early when this share of the check's queries is answered.
     pub solved: f64,
     /// Steps between checks.
@@ -105,11 +107,12 @@ impl Default for MqarTraining {
             vocab: 8192,
             filler: Filler::Random,
             head_dim: 16,
-            steps: 3000,
-            batch_tokens: 2048,
+            steps: 4000,
+            batch_tokens: 4096,
             lr: 1e-2,
             warmup: 50,
-            weight_decay: 0.0,
+            weight_decay: 0.1,
+            embedding_scale: 3.0,
             solved: 0.99,
             check_every: 50,
             check_queries: 500,
@@ -210,7 +213,7 @@ impl MqarCell {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
         };
-        let base = random_model(&config, training.seed)?;
+        let base = random_model(&config, training.embedding_scale, training.seed)?;
         let spec = MixerSpec {
             recurrent: RecurrentKind::Mamba2,
             window: 0,

@@ -21,21 +21,24 @@ const LOGIT_ROWS: usize = 512;
 /// The distance in tokens that the decays of new recurrent heads start from: as slow as they can start.
 const START_DISTANCE: f32 = 128.0;
 
-/// A model of random weights: matrices uniform with variance `1 / fan-in` (embeddings: `1 / d_model`), biases of projections with a third of that,
-/// norms 1. Every tensor has a random stream of its own.
+/// A model of random weights: matrices uniform with variance `1 / fan-in` (embeddings: `embedding_scale² / d_model`), biases of projections with a third
+/// of that, norms 1. Every tensor has a random stream of its own.
 ///
 /// # Errors
 /// [`TrainError::Model`] for a configuration that is not valid.
-pub fn random_model(config: &ModelConfig, seed: u64) -> Result<Model> {
+pub fn random_model(config: &ModelConfig, embedding_scale: f32, seed: u64) -> Result<Model> {
     config.validate()?;
     let mut params = ParamStore::default();
     for (index, (name, shape)) in config.tensor_shapes().into_iter().enumerate() {
         let len = shape.iter().product();
-        let data = match (shape.as_slice(), name.ends_with("bias")) {
+        let mut data = match (shape.as_slice(), name.ends_with("bias")) {
             (_, true) => uniform(3 * config.d_model, len, seed, index as u64),
             (&[_, fan_in], _) => uniform(fan_in, len, seed, index as u64),
             _ => vec![1.0; len],
         };
+        if name == "model.embed_tokens.weight" {
+            data.iter_mut().for_each(|x| *x *= embedding_scale);
+        }
         params.insert(name, shape, data);
     }
     Ok(Model::from_parts(config.clone(), HeadPlan::empty(config), params)?)

@@ -122,6 +122,7 @@ fn settings(exec: &Exec, training: &MqarTraining) -> Value {
         "lr": training.lr.to_string(),
         "warm-up": training.warmup,
         "weight decay": training.weight_decay.to_string(),
+        "embedding scale": training.embedding_scale.to_string(),
         "solved": training.solved.to_string(),
         "steps between checks": training.check_every,
         "check queries": training.check_queries,

@@ -18,7 +18,7 @@ fn next_tokens(batch: &TokenBatch) -> Vec<u32> {
 
 /// Attention, and every mixer in one group of each layer.
 fn models() -> Vec<Model> {
-    let base = random_model(&tiny_config(), 3).unwrap();
+    let base = random_model(&tiny_config(), 1.0, 3).unwrap();
     let hybrids =
         mixer_specs(8).into_iter().map(|spec| with_random_heads(&base, spec, |_, g| g == 1, 4).unwrap());
     std::iter::once(base.clone()).chain(hybrids.collect::<Vec<_>>()).collect()
@@ -107,7 +107,7 @@ fn few_labels_give_their_loss_and_its_gradient() {
 #[test]
 fn no_labels_change_nothing_and_nan_is_refused() {
     let exec = Exec::new(1).unwrap();
-    let mut model = random_model(&tiny_config(), 3).unwrap();
+    let mut model = random_model(&tiny_config(), 1.0, 3).unwrap();
     let before = model.params.data(model.params.id("model.embed_tokens.weight").unwrap()).to_vec();
     let mut trainer = LabelTrainer::new(&exec, &model, Optimiser { weight_decay: 0.0, ..ADAM });
     let report = trainer.step(&mut model, &batch(), &vec![IGNORED; batch().rows()], 1.0).unwrap();
@@ -122,7 +122,7 @@ fn no_labels_change_nothing_and_nan_is_refused() {
 #[test]
 fn projections_that_nothing_reads_do_not_train() {
     let exec = Exec::new(1).unwrap();
-    let base = random_model(&tiny_config(), 3).unwrap();
+    let base = random_model(&tiny_config(), 1.0, 3).unwrap();
     let count = |model: &Model| LabelTrainer::new(&exec, model, ADAM).parameters();
     let all: usize = base.params.iter().map(|(_, p)| p.data().len()).sum();
     assert_eq!(count(&base), all);
