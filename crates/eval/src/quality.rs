@@ -206,8 +206,7 @@ mod tests {
     #[test]
     fn the_first_of_the_largest_values_wins() {
         let naive = |row: &[f32]| {
-            let better =
-                |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
+            let better = |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
             row.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
         };
         for len in [0, 1, 15, 16, 17, 31, 33, 100] {

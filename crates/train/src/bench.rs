@@ -29,7 +29,7 @@ pub enum StepKind {
 /// What is trained.
 pub enum Contestant<'a> {
     /// A base model, for [`StepKind::Full`]; where nobody else holds its weights, they are trained in place.
-    Full(Model),
+    Full(Box<Model>),
     /// A hybrid and the base it was converted from, for [`StepKind::Distill`].
     Distill(&'a Model, &'a Model),
     /// Heads of all groups of a base, for [`StepKind::Align`].
@@ -127,7 +127,7 @@ pub fn time_steps(
         Contestant::Full(model) => {
             let options = HealOptions { stage: Stage::Continue, trainable: Trainable::All, ..options };
             let trainer = Trainer::new(exec, &model, &model, &options)?;
-            train(trainer, model)?;
+            train(trainer, *model)?;
         }
         Contestant::Distill(hybrid, base) => {
             let options = HealOptions { trainable: Trainable::Heads, ..options };

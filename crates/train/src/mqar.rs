@@ -107,7 +107,7 @@ impl Default for MqarTraining {
             vocab: 8192,
             filler: Filler::Random,
             head_dim: 16,
-            steps: 4000,
+            steps: 5000,
             batch_tokens: 4096,
             lr: 1e-2,
             warmup: 50,

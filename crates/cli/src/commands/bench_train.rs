@@ -96,7 +96,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         }
     }
     if args.steps.contains(&StepArg::Full) {
-        speeds.push(time_steps(&exec, Contestant::Full(base), shape, ui)?);
+        speeds.push(time_steps(&exec, Contestant::Full(Box::new(base)), shape, ui)?);
     }
     let precision = format!("{:?}", exec.precision()).to_lowercase();
     if args.json {

@@ -23,8 +23,9 @@ use train::mqar::{Mixing, MqarCell, MqarOutcome, MqarTraining, train_mqar};
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
-    /// Tokens and pairs of a sequence, T:K, comma-separated; the usual sweep is 64:4,128:8,256:16,512:64.
-    #[arg(long, value_delimiter = ',', default_value = "64:4,128:8,256:16", value_parser = parse_size)]
+    /// Tokens and pairs of a sequence, T:K, comma-separated; the usual sweep is 64:4,128:8,256:16,512:64; by default a size that all
+    /// three solve and one with more pairs than the recurrence can hold.
+    #[arg(long, value_delimiter = ',', default_value = "64:4,128:32", value_parser = parse_size)]
     sizes: Vec<(usize, usize)>,
     /// Widths of the models, comma-separated.
     #[arg(long, value_delimiter = ',', default_value = "64")]
