@@ -82,22 +82,24 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         checkpoint_activations: args.checkpoint_activations,
     };
     let spec = args.mixer.spec(&base.config, args.window, None)?;
-    let mut speeds = Vec::with_capacity(args.steps.len());
+    let mut timed = Vec::with_capacity(args.steps.len());
     // Of the replacements only what is asked for is made, and training every weight comes last, in the base's own memory.
     if args.steps.iter().any(|&step| step != StepArg::Full) {
         let (bank, hybrid) = replacements(args, &exec, &base, spec, ui)?;
-        for &step in &args.steps {
+        for (place, &step) in args.steps.iter().enumerate() {
             let contestant = match step {
                 StepArg::Full => continue,
                 StepArg::Distill => Contestant::Distill(&hybrid, &base),
                 StepArg::Align => Contestant::Align(&bank, &base),
             };
-            speeds.push(time_steps(&exec, contestant, shape, ui)?);
+            timed.push((place, time_steps(&exec, contestant, shape, ui)?));
         }
     }
-    if args.steps.contains(&StepArg::Full) {
-        speeds.push(time_steps(&exec, Contestant::Full(Box::new(base)), shape, ui)?);
+    if let Some(place) = args.steps.iter().position(|&step| step == StepArg::Full) {
+        timed.push((place, time_steps(&exec, Contestant::Full(Box::new(base)), shape, ui)?));
     }
+    timed.sort_by_key(|&(place, _)| place);
+    let speeds: Vec<_> = timed.into_iter().map(|(_, speed)| speed).collect();
     let precision = format!("{:?}", exec.precision()).to_lowercase();
     if args.json {
         return print_json(&json!({
