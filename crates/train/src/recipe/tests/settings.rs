@@ -24,7 +24,7 @@ fn a_work_folder_is_for_one_run() {
     let recipes = [
         (changed(&|r| r.seeds = Seeds::new(6)), "recipe.seeds.main` 5, this run has 6"),
         (changed(&|r| r.heal.tokens = 128), "recipe.heal.tokens` 256, this run has 128"),
-        (changed(&|r| r.heal.lr = 3e-4), "recipe.heal.lr` 0.0002, this run has 0.0003"),
+        (changed(&|r| r.heal.lr = 3e-4), "recipe.heal.lr` 0.0005, this run has 0.0003"),
         (changed(&|r| r.criterion = "random"), "recipe.criterion` \"mixer-fisher\", this run has \"random\""),
     ];
     let budget_changed = Budget::Beta(0.75);
@@ -48,30 +48,30 @@ fn a_work_folder_is_for_one_run() {
 
 #[test]
 fn tokens_scale_in_proportion() {
-    assert_eq!((DEFAULT.tokens(), PAPER.tokens()), (589_824, 589_824));
-    let scaled = DEFAULT.scaled(58_982_400).unwrap();
-    assert_eq!((scaled.align.unwrap().tokens, scaled.heal.tokens), (52_428_800, 6_553_600));
-    let same = DEFAULT.scaled(589_824).unwrap();
+    assert_eq!((DEFAULT.tokens(), PAPER.tokens()), (1_294_336, 1_294_336));
+    let scaled = DEFAULT.scaled(129_433_600).unwrap();
+    assert_eq!((scaled.align.unwrap().tokens, scaled.heal.tokens), (104_857_600, 24_576_000));
+    let same = DEFAULT.scaled(1_294_336).unwrap();
     assert_eq!(same, DEFAULT);
     assert_eq!(PAPER.scaled(10_000).unwrap().heal.tokens, 10_000);
     let huge = DEFAULT.scaled(u64::MAX).unwrap();
     assert_eq!(huge.tokens(), u64::MAX);
-    assert_eq!(DEFAULT.scaled(4608).unwrap().heal.tokens, 512);
-    let error = DEFAULT.scaled(4599).unwrap_err().to_string();
-    assert!(error.contains("heal") && error.contains("512") && error.contains("hint: "), "{error}");
+    assert_eq!(DEFAULT.scaled(5388).unwrap().heal.tokens, 1024);
+    let error = DEFAULT.scaled(5387).unwrap_err().to_string();
+    assert!(error.contains("heal") && error.contains("1024") && error.contains("hint: "), "{error}");
     assert!(DEFAULT.scaled(900).unwrap_err().to_string().contains("align"));
 }
 
 #[test]
 fn the_recipes_keep_the_defaults_of_their_stages() {
-    let align = AlignOptions { tokens: 524_288, ..Default::default() };
+    let align = AlignOptions { tokens: 1_048_576, ..Default::default() };
     assert_eq!(format!("{:?}", ALIGN.options()), format!("{align:?}"));
-    let heal = HealOptions { tokens: 65_536, batch: 1, lr: 2e-4, ..Default::default() };
+    let heal = HealOptions { tokens: 245_760, batch: 1, lr: 5e-4, ..Default::default() };
     assert_eq!(format!("{:?}", DEFAULT.heal.options()), format!("{heal:?}"));
     let heal = HealOptions {
         stage: Stage::Continue,
         trainable: Trainable::All,
-        tokens: 589_824,
+        tokens: 1_294_336,
         ..Default::default()
     };
     assert_eq!(format!("{:?}", PAPER.heal.options()), format!("{heal:?}"));
