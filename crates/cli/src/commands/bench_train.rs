@@ -83,7 +83,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     };
     let spec = args.mixer.spec(&base.config, args.window, None)?;
     let mut timed = Vec::with_capacity(args.steps.len());
-    // Of the replacements only what is asked for is made, and training every weight comes last, in the base's own memory.
+    // Replacements are made when a step asks for them only, and training every weight comes last, in the base's own memory.
     if args.steps.iter().any(|&step| step != StepArg::Full) {
         let (bank, hybrid) = replacements(args, &exec, &base, spec, ui)?;
         for (place, &step) in args.steps.iter().enumerate() {
@@ -95,8 +95,12 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             timed.push((place, time_steps(&exec, contestant, shape, ui)?));
         }
     }
-    if let Some(place) = args.steps.iter().position(|&step| step == StepArg::Full) {
-        timed.push((place, time_steps(&exec, Contestant::Full(Box::new(base)), shape, ui)?));
+    let full: Vec<usize> =
+        (0..args.steps.len()).filter(|&place| args.steps[place] == StepArg::Full).collect();
+    // The last one gets the base itself.
+    let models = std::iter::repeat_n(base, full.len());
+    for (place, model) in full.into_iter().zip(models) {
+        timed.push((place, time_steps(&exec, Contestant::Full(Box::new(model)), shape, ui)?));
     }
     timed.sort_by_key(|&(place, _)| place);
     let speeds: Vec<_> = timed.into_iter().map(|(_, speed)| speed).collect();
