@@ -29,7 +29,9 @@ impl Hybrid {
         let bad = |reason: String| Err(EvalError::Argument(format!("{name}: {reason}")));
         let (expected, found) = (PlanModel::of(&base.config), PlanModel::of(&checkpoint.config));
         if expected != found {
-            return bad(format!("made of another base: expected {expected}, found {found}"));
+            return bad(format!(
+                "made of another base: expected {expected}, found {found}\nhint: give the model it was converted from"
+            ));
         }
         let (expected, found) = (base.config.vocab, checkpoint.config.vocab);
         if expected != found {

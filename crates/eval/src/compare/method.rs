@@ -137,7 +137,10 @@ impl<'a> Planner<'a> {
             return bad(format!("two hybrids are named {name}\nhint: give each a name of its own"));
         }
         if let Some(hybrid) = inputs.hybrids.iter().find(|hybrid| hybrid.betas(&options.betas).is_empty()) {
-            return bad(format!("{} was trained for none of the budgets asked for", hybrid.name));
+            return bad(format!(
+                "{} was trained for none of the budgets asked for\nhint: ask for one of its own, which `inspect` shows",
+                hybrid.name
+            ));
         }
         let planner = Self { inputs, options, settings, scores };
         // A budget that no plan can meet should say so now.

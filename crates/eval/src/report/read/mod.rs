@@ -35,7 +35,7 @@ const IN_FOLDERS: [&str; 7] = [
     "metrics.jsonl",
 ];
 const KNOWN: &str = "give heads.json, plan.json, head_plan.json, quickstart's results.json, metrics of align or heal (.jsonl), \
-    what eval, bench or generate print with --json, or the results of peers/compare.py; or a folder with some of them";
+    what eval (but compare, which has --html), bench or generate print with --json, or the results of peers/compare.py; or a folder with some of them";
 
 /// What a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,9 @@ impl Kind {
             _ if row("context") && row("samples") => Self::Passkey,
             _ if row("depth") && row("decode_tok_s") => Self::Bench,
             _ if has(&["text", "prompt_tokens", "finish"]) => Self::Generation,
-            _ if has(&["settings"]) && (has(&["rows"]) || has(&["quality"]) || has(&["chart"])) => {
+            _ if value["settings"].get("format").is_some()
+                && (has(&["rows"]) || has(&["quality"]) || has(&["chart"])) =>
+            {
                 Self::Peers
             }
             _ if has(&["step", "tokens", "error", "layers"]) => Self::AlignMetrics,

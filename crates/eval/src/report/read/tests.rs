@@ -356,6 +356,8 @@ fn results_that_contradict_themselves() {
     refused("b.json", &with(bench("x"), "/results/1", json!({})), &["malformed speed"]);
     refused("c.json", &with(peers(), "/settings/format", json!(7)), &["format 7"]);
     refused("c.json", &with(peers(), "/chart/models/base", json!(1)), &["malformed `chart`"]);
+    let comparison = json!({"settings": {"model": {}}, "base": {}, "rows": []}).to_string();
+    refused("e.json", &comparison, &["not a result file", "compare, which has --html"]);
     refused("g.json", &with(generation("x", "y"), "/text", json!(null)), &["without text"]);
     refused("m.jsonl", &format!("{ALIGN}{{\"step\": 3}}\n"), &["line 3: not a line of metrics of align"]);
     refused("m.jsonl", &format!("{ALIGN}{}", &ALIGN[..20]), &["line 3: not JSON"]);
