@@ -31,7 +31,7 @@ def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default 5)")
-    parser.add_argument("--deep-rounds", type=int, default=1, help="rounds of the row at 32,000 tokens, many minutes each (default 1)")
+    parser.add_argument("--deep-rounds", type=int, default=5, help="rounds of the row at 32,000 tokens, 11 minutes each, nearly all of them llama.cpp's prefill (default 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every contestant (default: all cores)")
     parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression: rows (see --list), `quality`, `chart`")
     parser.add_argument("--quick", action="store_true", help="one round, no row at 32,000 tokens, little text, a short chart: to try it")

@@ -7,7 +7,7 @@ import { pathToFileURL } from "node:url";
 import { chromium } from "playwright-core";
 
 const [executablePath, pageFile, hostileFile, folder] = process.argv.slice(2);
-const SECTIONS = ["quality", "tradeoff", "long-range", "speed", "heads", "learning", "generations", "sources"];
+const SECTIONS = ["quality", "tradeoff", "long-range", "speed", "tables-0", "tables-1", "heads", "learning", "generations", "sources"];
 const PHONE = { width: 400, height: 800 }, DESK = { width: 1200, height: 900 };
 // WCAG 2.2: text against its ground.
 const CONTRAST = 4.5;

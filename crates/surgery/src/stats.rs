@@ -114,6 +114,9 @@ pub struct HeadsReport {
     pub needle_prompts: Option<PromptsInfo>,
     /// One entry per layer.
     pub layers: Vec<LayerHeads>,
+    /// The run that made this; nothing that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<serde_json::Value>,
 }
 
 /// A sink that was found in one head of one sequence.
@@ -152,7 +155,7 @@ pub struct AnalyzeOptions {
     pub duo: DuoOptions,
     /// Where criteria of many passes keep what they have; the caller removes it when the report is written. `None`: nowhere.
     pub states: Option<States>,
-    /// Sinks, left out of the live statistics.
+    /// Sinks, left out of the live statistics; the windows of `window-error` show them, besides the first tokens that every window shows.
     pub sinks: SinkChoice,
 }
 
@@ -258,6 +261,7 @@ pub fn analyze(
             sha256: criteria::prompts_sha256(&options.prompts),
         }),
         layers: observer.heads.iter().map(|heads| layer_report(heads, config.group_size())).collect(),
+        run: None,
     };
     for (layer, sum) in report.layers.iter_mut().zip(similarity) {
         layer.similarity = Some(sum / tokens as f64);
@@ -411,7 +415,7 @@ impl LayerObserver for Analysis<'_> {
             accumulator.add(&single, q, k, scale, &sinks[head]);
         });
         for (_, criterion) in &mut self.forward {
-            criterion.attention(&view);
+            criterion.attention(&view, sinks);
         }
     }
 }

@@ -67,7 +67,8 @@ pub struct Args {
     #[arg(long)]
     resume: bool,
     /// Positions left out of the live statistics (recency ratios, distances): the first one, or in each head and sequence those found to
-    /// absorb attention with a small value. Windows of criteria and plans keep the first positions either way.
+    /// absorb attention with a small value. The windows of `window-error` show these as well; those of other criteria and of plans keep the
+    /// first positions only.
     #[arg(long, value_enum, default_value_t = SinksArg::First)]
     sinks: SinksArg,
     /// Seed of the sequence order and of the drawn criteria.
@@ -160,15 +161,14 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         states: Some(states.clone()),
         sinks,
     };
-    let heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
+    let mut heads = analyze(&exec, &loaded.model, &sequences, &options, ui)?;
+    let run = RunInfo { seeds: vec![args.seed], ..run_info(&exec) };
+    heads.run = Some(serde_json::to_value(run)?);
     heads.write(&args.out)?;
     states.remove()?;
     if let Some(path) = &args.html {
         let mut report = Report::from_files(&[&args.out])?;
         report.title = format!("Heads of {}", args.model);
-        for source in &mut report.sources {
-            source.run = Some(RunInfo { seeds: vec![args.seed], ..run_info(&exec) });
-        }
         report.write_html(path)?;
     }
     let ratios: Vec<f64> =

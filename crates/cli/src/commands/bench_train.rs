@@ -1,6 +1,7 @@
 //! `bench-train`: speed of training steps.
 
-use crate::common::{MixerArg, TrainExecArgs, check_context, load, print_json, usage};
+use crate::common::{MixerArg, TrainExecArgs, check_context, load, usage};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
 use kernels::Exec;
@@ -106,10 +107,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let speeds: Vec<_> = timed.into_iter().map(|(_, speed)| speed).collect();
     let precision = format!("{:?}", exec.precision()).to_lowercase();
     if args.json {
-        return print_json(&json!({
+        let found = json!({
             "model": args.model, "threads": exec.threads(), "isa": exec.isa().name(), "precision": precision, "beta": args.beta,
             "mixer": spec, "results": speeds,
-        }));
+        });
+        return print_results(&exec, found, Vec::new(), &[]);
     }
     println!("{} threads, {}, {precision}", exec.threads(), exec.isa().name());
     println!("{:<8} {:>10} {:>10}", "step", "batch", "tokens/s");

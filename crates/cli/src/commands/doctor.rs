@@ -1,7 +1,7 @@
 //! `doctor`: what this CPU has, what is used, how fast it is.
 
-use crate::common::{ExecArgs, print_json};
-use crate::run::cpu_name;
+use crate::common::ExecArgs;
+use crate::run::{cpu_name, print_results};
 use crate::ui::Ui;
 use anyhow::Result;
 use kernels::quant::Dtype;
@@ -36,7 +36,7 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
     let q8_gemm = measure::packed_gflops(&exec, Dtype::Q8_0)?;
     let memory = measure::read_gigabytes_per_second(&exec);
     if args.json {
-        return print_json(&json!({
+        let found = json!({
             "cpu": cpu,
             "features": features,
             "available": available,
@@ -47,7 +47,8 @@ pub fn run(args: &Args, _: &mut Ui) -> Result<()> {
             "bf16_gemm_gflops": bf16_gemm,
             "q8_gemm_gops": q8_gemm,
             "memory_read_gigabytes_per_second": memory,
-        }));
+        });
+        return print_results(&exec, found, Vec::new(), &[]);
     }
     println!("cpu           {}", cpu.as_deref().unwrap_or("(name unknown)"));
     println!("features      {}", features.join(" "));

@@ -235,6 +235,7 @@ impl Quickstart<'_> {
                 cache_bytes_8k: Some(engine.cache_bytes(8192)),
                 decode_tok_s: speeds.iter().map(|s| (s.depth, s.decode_tok_s)).collect(),
                 files: quality.files,
+                ..VariantRow::default()
             });
         }
         Ok(results)

@@ -8,14 +8,15 @@ use std::path::PathBuf;
 
 /// Show result files: one self-contained HTML page with charts, or Markdown tables.
 ///
-/// Each file is recognised by its content: heads.json, plan.json, a checkpoint's head_plan.json,
-/// quickstart's results.json, the metrics of align and heal (.jsonl), what eval ppl, kl, passkey,
-/// hashhop and ruler, bench and generate print with --json, and the results of peers/compare.py.
+/// Each file is recognised by its content: heads.json, plan.json, a checkpoint's head_plan.json, sinks.json,
+/// quickstart's results.json, the metrics of align and heal and the results of eval compare (.jsonl), what
+/// eval, bench, generate, train-mqar, bench-train and doctor print with --json, and the results of peers/compare.py.
 /// A folder stands for those of them that lie in it. The page needs no network.
 ///
 /// Examples:
 ///   recurformer report heads.json plan.json --out report.html
 ///   recurformer report recurformer-quickstart passkey.json ruler.json bench.json --out report.html
+///   recurformer report compare.jsonl sinks.json --out report.html
 ///   recurformer report kl-0.25.json kl-0.5.json --md >> README.md
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]

@@ -1,9 +1,11 @@
 //! `sinks`: which positions absorb attention without giving information, and why.
 
-use crate::common::{DataArgs, ExecArgs, Loaded, check_context, check_output, documents, load, print_json};
+use crate::common::{DataArgs, ExecArgs, check_context, check_output, documents, load, print_json};
+use crate::run::run_info;
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use eval::report::number;
+use eval::run::RunInfo;
 use std::path::PathBuf;
 use surgery::sinks::{Estimate, MIN_TOKENS, Sink, SinkOptions, SinksReport, sinks};
 use train::data::{Split, sequences};
@@ -78,14 +80,20 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         ));
     }
     let options = SinkOptions { donors: args.donors.into(), tested: args.tested, seed: args.seed };
-    let report = sinks(&exec, &loaded.model, &sequences, &options, ui)?;
+    let mut report = sinks(&exec, &loaded.model, &sequences, &options, ui)?;
+    if let Ok(tokenizer) = loaded.tokenizer() {
+        let ids = report.sinks.iter().flat_map(|sink| sink.tokens.iter().copied());
+        report.texts = ids.filter_map(|id| Some((id, tokenizer.token_text(id)?))).collect();
+    }
+    let run = RunInfo { seeds: vec![args.seed], ..run_info(&exec) };
+    report.run = Some(serde_json::to_value(run)?);
     if let Some(path) = &args.out {
         report.write(path)?;
     }
     if args.json {
         return print_json(&report);
     }
-    print_sinks(&report, &loaded);
+    print_sinks(&report);
     print_controls(&report);
     print_activations(&report);
     if let Some(path) = &args.out {
@@ -94,7 +102,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     Ok(())
 }
 
-fn print_sinks(report: &SinksReport, loaded: &Loaded) {
+fn print_sinks(report: &SinksReport) {
     let per_sequence =
         report.sinks.iter().map(|sink| sink.sequences.len()).sum::<usize>() as f64 / report.sequences as f64;
     println!(
@@ -119,13 +127,8 @@ fn print_sinks(report: &SinksReport, loaded: &Loaded) {
         "tau token",
         "tau alone"
     );
-    let tokenizer = loaded.tokenizer().ok();
-    let text = |id: u32| {
-        let text = tokenizer.as_ref().and_then(|t| t.token_text(id));
-        text.map_or_else(|| format!("#{id}"), |text| format!("{text:?}"))
-    };
     for sink in report.sinks.iter().take(ROWS) {
-        println!("{}", row(report, sink, &text));
+        println!("{}", row(report, sink));
     }
     if report.sinks.len() > ROWS {
         let rest = &report.sinks[ROWS..];
@@ -139,10 +142,11 @@ fn print_sinks(report: &SinksReport, loaded: &Loaded) {
     );
 }
 
-fn row(report: &SinksReport, sink: &Sink, text: &dyn Fn(u32) -> String) -> String {
+fn row(report: &SinksReport, sink: &Sink) -> String {
     let first = sink.tokens[0];
     let token = if sink.tokens.iter().all(|&token| token == first) {
-        text(first).chars().take(14).collect()
+        let text = report.texts.get(&first).map_or_else(|| format!("#{first}"), |text| format!("{text:?}"));
+        text.chars().take(14).collect()
     } else {
         format!("{} different", sink.tokens.len())
     };

@@ -1,6 +1,7 @@
 //! `train-mqar`: small models trained from scratch on associative recall.
 
-use crate::common::{TrainExecArgs, print_json, usage};
+use crate::common::{TrainExecArgs, usage};
+use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::answers::Score;
@@ -119,9 +120,10 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     }
     if args.json {
         let rows = outcomes.iter().map(|(outcome, score)| row_json(outcome, *score));
-        return print_json(&json!({
+        let found = json!({
             "results": rows.collect::<Result<Vec<_>>>()?, "seed": args.seed, "vocab": args.vocab, "head_dim": args.head_dim,
-        }));
+        });
+        return print_results(&exec, found, Vec::new(), &[args.seed]);
     }
     println!(
         "{:>6} {:>5} {:>6} {:<10} {:>28} {:>6} {:>9} {:>9} {:>8}",

@@ -181,7 +181,15 @@ fn comparisons_go_on_and_draw() {
         "{table}"
     );
     let (page, chart) = (work.read("page.html"), work.read("chart.svg"));
-    assert!(String::from_utf8(page).unwrap().contains("</table>"));
+    let page = String::from_utf8(page).unwrap();
+    assert!(page.contains("bank, mixer-fisher, β 0.75") && page.contains("Passkey of conversions, β 0.25"));
+    // The same page comes of the results file.
+    work.ok("report keys.jsonl --out again.html");
+    let again = String::from_utf8(work.read("again.html")).unwrap();
+    let drawn = |page: &str| {
+        page[page.find("\"comparisons\"").unwrap()..page.find("\"speeds\"").unwrap()].to_string()
+    };
+    assert_eq!(drawn(&again), drawn(&page));
     assert_eq!(String::from_utf8(chart).unwrap().matches("<circle").count(), 4);
     work.fails(1, &line("few.jsonl", "--samples 0 --sinks 2"), &["made with other settings (sinks)"]);
     work.fails(2, &line("few.jsonl", "--samples 0 --betas 2"), &["between 0 and 1"]);

@@ -293,6 +293,12 @@ fn tokenizer_json() -> Vec<u8> {
     .into_bytes()
 }
 
+/// A result without what tells when and by which command it was made.
+pub fn without_run(mut result: Value) -> Value {
+    assert!(result.as_object_mut().unwrap().remove("run").is_some(), "no `run` in {result}");
+    result
+}
+
 /// Sentences for the text paths.
 pub fn some_text(sentences: usize) -> String {
     let subjects = ["the whale", "a sailor", "the old captain", "one bird", "the tide"];

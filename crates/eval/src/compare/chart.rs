@@ -1,6 +1,6 @@
-//! Quality against cache bytes as one SVG, and a page around it; self-contained, light and dark.
+//! Quality against cache bytes as one SVG; self-contained, light and dark.
 
-use super::{Comparison, Row, markdown};
+use super::{Comparison, Row};
 use crate::report::{bytes, escape};
 use std::fmt::Write;
 
@@ -123,30 +123,6 @@ pub fn svg(comparison: &Comparison) -> String {
     }
     out.push_str("</svg>\n");
     out
-}
-
-/// A page with the chart and the tables; no network.
-pub fn html(comparison: &Comparison) -> String {
-    let mut tables = String::new();
-    for table in markdown(comparison).split("\n\n") {
-        tables.push_str("<table>\n");
-        for (i, line) in table.lines().enumerate().filter(|(i, _)| *i != 1) {
-            let tag = if i == 0 { "th" } else { "td" };
-            let cells = line
-                .trim_matches('|')
-                .split(" |")
-                .map(|cell| format!("<{tag}>{}</{tag}>", escape(cell.trim_start_matches('|').trim())));
-            tables.push_str(&format!("<tr>{}</tr>\n", cells.collect::<String>()));
-        }
-        tables.push_str("</table>\n");
-    }
-    format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>RecurFormer: conversions compared</title>\n\
-         <style>body {{ font: 14px system-ui, sans-serif; margin: 24px; color-scheme: light dark; }} table {{ border-collapse: collapse; margin: 16px 0; }} \
-         th, td {{ border: 1px solid #8884; padding: 3px 8px; text-align: left; }} svg {{ max-width: 100%; height: auto; }}</style></head>\n\
-         <body>\n{}{tables}</body></html>\n",
-        svg(comparison)
-    )
 }
 
 fn share(comparison: &Comparison, row: &Row) -> f64 {

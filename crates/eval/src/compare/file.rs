@@ -70,9 +70,10 @@ impl Settings {
         format!("{:x}", hash.finalize())
     }
 
-    /// SHA-256 of head statistics and scores.
+    /// SHA-256 of head statistics and scores, whichever run made them.
     pub fn heads_sha256(heads: &HeadsReport) -> String {
-        let json = serde_json::to_vec(heads).expect("statistics hold only numbers, strings and lists");
+        let json = serde_json::to_vec(&HeadsReport { run: None, ..heads.clone() })
+            .expect("statistics hold only numbers, strings and lists");
         format!("{:x}", Sha256::digest(json))
     }
 
@@ -88,6 +89,39 @@ impl Settings {
         let names = ["model", "weights", "text_sha256", "heads_sha256", "bank_sha256", "context", "window"];
         let names = names.into_iter().chain(["sinks", "passkey_contexts", "passkey_samples", "seed"]);
         names.filter(|name| own.get(name) != other.get(name)).map(str::to_string).collect()
+    }
+}
+
+/// What the lines of a results file say.
+pub(crate) struct Found {
+    pub settings: Settings,
+    /// Absent when the comparison was interrupted before it.
+    pub base: Option<BaseRow>,
+    pub rows: Vec<Row>,
+}
+
+impl Found {
+    /// Reads the lines; the error names the one that is wrong.
+    pub fn parse(text: &str) -> std::result::Result<Self, String> {
+        let mut found: Option<Self> = None;
+        for (i, line) in text.lines().enumerate() {
+            let parsed =
+                serde_json::from_str(line).map_err(|e| format!("line {} is no result: {e}", i + 1))?;
+            match (&mut found, parsed) {
+                (None, Line::Settings(settings)) => {
+                    found = Some(Self { settings, base: None, rows: Vec::new() });
+                }
+                (Some(found), Line::Base(base)) if found.base.is_none() => found.base = Some(base),
+                (Some(found), Line::Row(row))
+                    if found.base.is_some()
+                        && found.rows.iter().all(|r| r.configuration != row.configuration) =>
+                {
+                    found.rows.push(row);
+                }
+                _ => return Err(format!("line {} is out of place", i + 1)),
+            }
+        }
+        found.ok_or_else(|| "the file is empty".into())
     }
 }
 
@@ -107,24 +141,18 @@ impl ResultsFile {
             return Err(bad(format!("{bytes} bytes, at most {MAX_BYTES} are read as results")));
         }
         let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
-        for (i, line) in text.lines().enumerate() {
-            let parsed = serde_json::from_str(line)
-                .map_err(|e| bad(format!("line {} is no result: {e}\nhint: choose another --out", i + 1)))?;
-            match (i, parsed) {
-                (0, Line::Settings(found)) => {
-                    let differences = found.differences(&file.settings);
-                    if !differences.is_empty() {
-                        return Err(bad(format!(
-                            "made with other settings ({})\nhint: repeat them to go on, or choose another --out",
-                            differences.join(", ")
-                        )));
-                    }
-                }
-                (1.., Line::Base(base)) if file.base.is_none() => file.base = Some(base),
-                (2.., Line::Row(row)) if file.row(&row.configuration).is_none() => file.rows.push(row),
-                _ => return Err(bad(format!("line {} is out of place\nhint: choose another --out", i + 1))),
-            }
+        if text.is_empty() {
+            return Ok(file);
         }
+        let found = Found::parse(&text).map_err(|e| bad(format!("{e}\nhint: choose another --out")))?;
+        let differences = found.settings.differences(&file.settings);
+        if !differences.is_empty() {
+            return Err(bad(format!(
+                "made with other settings ({})\nhint: repeat them to go on, or choose another --out",
+                differences.join(", ")
+            )));
+        }
+        (file.base, file.rows) = (found.base, found.rows);
         Ok(file)
     }
 

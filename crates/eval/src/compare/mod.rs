@@ -11,7 +11,8 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use chart::{html, svg};
+pub use chart::svg;
+pub(crate) use file::Found;
 pub use file::{ResultsFile, Settings};
 pub use hybrid::Hybrid;
 pub use judge::{Distance, Estimate, Reference};
@@ -114,7 +115,7 @@ pub struct PasskeyScore {
 }
 
 /// Everything that was asked for.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
     /// What all of it was measured with.
     pub settings: Settings,
@@ -122,7 +123,8 @@ pub struct Comparison {
     pub base: BaseRow,
     /// The configurations, in the order of the methods, criteria, draws and betas asked for.
     pub rows: Vec<Row>,
-    /// How alike the criteria order the groups.
+    /// How alike the criteria order the groups; empty where only a results file is known.
+    #[serde(default)]
     pub rank_correlation: RankCorrelation,
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// How alike two criteria order the KV groups.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RankCorrelation {
     /// Names of the criteria, a row and a column each.
     pub criteria: Vec<String>,

@@ -1,7 +1,7 @@
 //! The results as Markdown tables for a README.
 
 use super::format::{bytes, count, markdown, number};
-use super::{Comparison, Report, SpeedTable, Table, TaskTable};
+use super::{Comparison, Report, SpeedTable, Table, TaskTable, TokensOf};
 
 const DASH: &str = "–";
 
@@ -52,6 +52,14 @@ fn shown<T>(value: Option<T>, format: impl Fn(T) -> String) -> String {
     value.map_or_else(|| DASH.into(), format)
 }
 
+/// A value and its interval, if it has one.
+fn between(value: f64, interval: Option<(f64, f64)>, format: impl Fn(f64) -> String) -> String {
+    match interval {
+        Some((low, high)) => format!("{} ({}–{})", format(value), format(low), format(high)),
+        None => format(value),
+    }
+}
+
 /// Every value once, in order.
 fn sorted(values: impl Iterator<Item = usize>) -> Vec<usize> {
     let mut values: Vec<usize> = values.collect();
@@ -64,28 +72,32 @@ impl Comparison {
     /// One line per model; decode speeds in columns by depth where there are any.
     pub fn table(&self) -> Table {
         let depths = sorted(self.rows.iter().flat_map(|row| row.decode_tok_s.iter().map(|d| d.0)));
-        let fixed =
-            ["model", "groups converted", "perplexity", "KL to base", "top-1 agreement", "cache at 8k"];
-        let columns = fixed.map(String::from).into_iter();
+        let has_ratio = self.rows.iter().any(|row| row.ppl_ratio.is_some());
+        let mut columns: Vec<String> = vec!["model".into(), "groups converted".into(), "perplexity".into()];
+        columns.extend(has_ratio.then(|| "perplexity / base".into()));
+        columns.extend(["KL to base".into(), "top-1 agreement".into()]);
+        columns.extend(self.context.map(|context| format!("cache at {}", count(context))));
+        columns.push("cache at 8k".into());
+        let percent = |x: f64| format!("{:.1} %", 100.0 * x);
+        let nats = |x: f64| format!("{x:.4}");
         let rows = self.rows.iter().map(|v| {
             let mut cells = vec![
                 v.name.clone(),
                 if v.total > 0 { format!("{}/{}", v.converted, v.total) } else { DASH.into() },
                 shown(v.ppl, number),
-                shown(v.kl, |x| format!("{x:.4}")),
-                shown(v.top1_agreement, |x| format!("{:.1} %", 100.0 * x)),
-                shown(v.cache_bytes_8k, bytes),
             ];
+            cells.extend(has_ratio.then(|| shown(v.ppl_ratio, |r| between(r.value, r.interval, number))));
+            cells.push(shown(v.kl, |x| between(x, v.kl_interval, nats)));
+            cells.push(shown(v.top1_agreement, |x| between(x, v.top1_interval, percent)));
+            cells.extend(self.context.map(|_| shown(v.cache_bytes, bytes)));
+            cells.push(shown(v.cache_bytes_8k, bytes));
             let rate = |depth: usize| v.decode_tok_s.iter().find(|d| d.0 == depth);
             cells.extend(depths.iter().map(|&d| shown(rate(d), |d| format!("{:.1}", d.1))));
             cells
         });
-        Table {
-            title: self.title.clone(),
-            note: self.note.clone(),
-            rows: rows.collect(),
-            columns: columns.chain(depths.iter().map(|d| format!("decode tok/s at {d}"))).collect(),
-        }
+        let rows = rows.collect();
+        columns.extend(depths.iter().map(|d| format!("decode tok/s at {d}")));
+        Table { section: "Quality".into(), title: self.title.clone(), note: self.note.clone(), rows, columns }
     }
 }
 
@@ -99,7 +111,11 @@ impl TaskTable {
             std::iter::once(row.model.clone()).chain(cells).collect()
         });
         Table {
-            title: self.title.clone(),
+            section: "Long-range tasks".into(),
+            title: match self.by {
+                TokensOf::Context => self.title.clone(),
+                TokensOf::Distance => format!("{}, by distance", self.title),
+            },
             note: "Right answers, share, and its 95 % interval (Wilson).".into(),
             rows: rows.collect(),
             columns: std::iter::once("model".into()).chain(contexts.iter().map(|&c| count(c))).collect(),
@@ -123,6 +139,7 @@ impl SpeedTable {
             })
         });
         Table {
+            section: "Speed and cache".into(),
             title: format!("Speed and cache: {}", self.title),
             note: String::new(),
             rows: rows.collect(),

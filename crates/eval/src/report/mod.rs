@@ -13,6 +13,7 @@ pub use format::{bytes, number};
 pub use read::{QuickstartResults, Reader};
 
 use crate::answers::Score;
+use crate::compare::Estimate;
 use crate::error::Result;
 use crate::quality::FileQuality;
 use crate::run::RunInfo;
@@ -41,6 +42,21 @@ pub struct VariantRow {
     pub top1_agreement: Option<f64>,
     /// Bytes of an f16 cache after 8192 tokens.
     pub cache_bytes_8k: Option<usize>,
+    /// Line of the charts that it is a point of; absent: a point of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub series: Option<String>,
+    /// Perplexity over the base's on the same tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ppl_ratio: Option<Estimate>,
+    /// 95 % interval of `kl`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_interval: Option<(f64, f64)>,
+    /// 95 % interval of `top1_agreement`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top1_interval: Option<(f64, f64)>,
+    /// Bytes of an f16 cache after the tokens that the comparison names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_bytes: Option<usize>,
     /// Decode tokens per second, `(depth, rate)`.
     #[serde(default)]
     pub decode_tok_s: Vec<(usize, f64)>,
@@ -63,6 +79,9 @@ pub struct Comparison {
     pub title: String,
     /// How, in a sentence; may be empty.
     pub note: String,
+    /// Tokens of the windows it was judged on, which the rows' `cache_bytes` are of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<usize>,
     /// The models.
     pub rows: Vec<VariantRow>,
 }
@@ -72,8 +91,21 @@ pub struct Comparison {
 pub struct TaskTable {
     /// The task.
     pub title: String,
+    /// What the tokens are that scores are by.
+    pub by: TokensOf,
     /// One row per model.
     pub rows: Vec<TaskRow>,
+}
+
+/// What a task's numbers of tokens count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokensOf {
+    /// Prompt and answer.
+    #[default]
+    Context,
+    /// From what is asked for to the question.
+    Distance,
 }
 
 /// One model on a task.
@@ -81,7 +113,7 @@ pub struct TaskTable {
 pub struct TaskRow {
     /// Name of the model.
     pub model: String,
-    /// `(context in tokens, score)`, by context.
+    /// `(tokens, score)`, by tokens.
     pub scores: Vec<(usize, Score)>,
 }
 
@@ -119,6 +151,8 @@ pub struct SpeedPoint {
 /// A table of finished text.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Table {
+    /// Heading of the part of the page that it stands in, together with others.
+    pub section: String,
     /// Heading.
     pub title: String,
     /// A sentence below it.

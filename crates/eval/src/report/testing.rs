@@ -8,7 +8,13 @@ pub(super) const ATTACK: &str = "</script><script>document.title='pwned'</script
 
 pub(super) fn hostile_report() -> Report {
     let attack = || ATTACK.to_string();
-    let row = VariantRow { name: attack(), description: attack(), ppl: Some(2.0), ..VariantRow::default() };
+    let row = VariantRow {
+        name: attack(),
+        description: attack(),
+        series: Some(attack()),
+        ppl: Some(2.0),
+        ..VariantRow::default()
+    };
     let run = RunInfo {
         command: attack(),
         version: attack(),
@@ -18,9 +24,10 @@ pub(super) fn hostile_report() -> Report {
     Report {
         title: attack(),
         summary: attack(),
-        comparisons: vec![Comparison { title: attack(), note: attack(), rows: vec![row] }],
+        comparisons: vec![Comparison { title: attack(), note: attack(), context: None, rows: vec![row] }],
         tasks: vec![TaskTable {
             title: attack(),
+            by: TokensOf::Distance,
             rows: vec![TaskRow { model: attack(), scores: vec![(512, Score::new(1, 2))] }],
         }],
         speeds: vec![SpeedTable {
@@ -28,6 +35,7 @@ pub(super) fn hostile_report() -> Report {
             series: vec![SpeedSeries { name: attack(), points: vec![SpeedPoint::default()] }],
         }],
         tables: vec![Table {
+            section: attack(),
             title: attack(),
             note: attack(),
             columns: vec![attack(); 2],

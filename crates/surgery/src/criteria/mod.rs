@@ -158,8 +158,8 @@ impl Source {
 
 /// Watches the base model's forward pass.
 pub trait ForwardCriterion {
-    /// Sees one layer of one sequence.
-    fn attention(&mut self, view: &AttnView<'_>);
+    /// Sees one layer of one sequence, and by head the positions, ascending, that the statistics take for sinks.
+    fn attention(&mut self, view: &AttnView<'_>, sinks: &[Vec<usize>]);
     /// The scores after `tokens` tokens.
     fn finish(self: Box<Self>, tokens: usize) -> Scores;
 }

@@ -30,14 +30,20 @@ fn assert_close(what: &str, found: &Scores, expected: &Scores, tolerance: f64) {
 }
 
 fn window_error(window: usize, sequences: &[Vec<u32>]) -> Scores {
-    struct Only<'a>(WindowError<'a>);
+    window_error_with(window, sequences, &[])
+}
+
+/// All heads have these sinks.
+fn window_error_with(window: usize, sequences: &[Vec<u32>], sinks: &[usize]) -> Scores {
+    struct Only<'a>(WindowError<'a>, Vec<Vec<usize>>);
     impl LayerObserver for Only<'_> {
         fn attention(&mut self, view: AttnView<'_>) {
-            self.0.attention(&view);
+            self.0.attention(&view, &self.1);
         }
     }
     let (exec, model) = (exec(), model(1));
-    let mut only = Only(WindowError::new(&exec, &model, window).unwrap());
+    let sinks = vec![sinks.to_vec(); model.config.heads];
+    let mut only = Only(WindowError::new(&exec, &model, window).unwrap(), sinks);
     for sequence in sequences {
         model.forward_batch(&exec, &TokenBatch::one(sequence), &mut only, None).unwrap();
     }
@@ -56,8 +62,21 @@ fn a_window_over_everything_costs_exactly_nothing() {
 #[test]
 fn window_error_is_the_change_of_the_layers_output() {
     let ids = tokens(3, 9);
-    let expected = Naive::new(&model(1), &ids).window_error(3);
+    let expected = Naive::new(&model(1), &ids).window_error(3, &[]);
     assert_close("window-error", &window_error(3, &[ids]), &expected, TOLERANCE);
+}
+
+#[test]
+fn a_window_shows_the_sinks_that_were_found() {
+    let ids = tokens(3, 12);
+    let naive = Naive::new(&model(1), &ids);
+    let found = |sinks: &[usize]| window_error_with(3, std::slice::from_ref(&ids), sinks);
+    assert_eq!(found(&[0]), window_error(3, std::slice::from_ref(&ids)), "the first token is shown anyway");
+    for sinks in [&[2][..], &[0, 4], &[1, 2, 6]] {
+        assert_close("window-error", &found(sinks), &naive.window_error(3, sinks), TOLERANCE);
+    }
+    let all: Vec<usize> = (0..ids.len()).collect();
+    assert!(found(&all).iter().flatten().all(|e| e.abs() < 1e-10), "{:?}", found(&all));
 }
 
 #[test]

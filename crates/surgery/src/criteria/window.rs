@@ -1,6 +1,7 @@
-//! What a group's outputs lose when it sees only the last tokens and the sink.
+//! What a group's outputs lose when it sees only the last tokens and the sinks.
 
 use kernels::attention::{AttnMask, AttnShape, attention};
+use kernels::elementwise::dot;
 use kernels::{Exec, MatMut};
 use model::ModelConfig;
 use model::observe::AttnView;
@@ -36,4 +37,46 @@ pub fn window_delta(
             row.iter_mut().zip(view.out.row(t)).for_each(|(d, full)| *d -= full);
         }
     }
+}
+
+/// Puts right what [`window_delta`] wrote for queries whose head has sinks behind the window and the first [`SINKS`] tokens: they see these as
+/// well. `sinks`: by head, ascending.
+pub fn show_sinks(
+    exec: &Exec,
+    config: &ModelConfig,
+    window: usize,
+    view: &AttnView<'_>,
+    sinks: &[Vec<usize>],
+    delta: &mut [f32],
+) {
+    let (d, group_size) = (config.head_dim, config.group_size());
+    let scale = 1.0 / (d as f64).sqrt();
+    let rows: Vec<(usize, &mut [f32])> = delta.chunks_exact_mut(config.heads * d).enumerate().collect();
+    exec.parallel_items(rows, |_, (t, row)| {
+        for (head, sinks) in sinks.iter().enumerate() {
+            let later = |&&sink: &&usize| sink >= SINKS && sink + window <= t;
+            if !sinks.iter().any(|sink| later(&sink)) {
+                continue;
+            }
+            let first = 0..SINKS.min((t + 1).saturating_sub(window));
+            let shown: Vec<usize> = first
+                .chain(sinks.iter().filter(later).copied())
+                .chain((t + 1).saturating_sub(window)..=t)
+                .collect();
+            let (k, v) = (view.k.columns(head / group_size * d, d), view.v.columns(head / group_size * d, d));
+            let query = &view.q.row(t)[head * d..(head + 1) * d];
+            let scores: Vec<f64> = shown.iter().map(|&j| scale * dot(query, k.row(j))).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sum = vec![0.0; d];
+            for (&j, weight) in shown.iter().zip(&weights) {
+                sum.iter_mut().zip(v.row(j)).for_each(|(sum, &v)| *sum += weight / total * f64::from(v));
+            }
+            let full = &view.out.row(t)[head * d..(head + 1) * d];
+            for ((delta, sum), full) in row[head * d..(head + 1) * d].iter_mut().zip(sum).zip(full) {
+                *delta = (sum - f64::from(*full)) as f32;
+            }
+        }
+    });
 }

@@ -1,6 +1,6 @@
 //! `window-error`: what windowing a group changes in its layer's output, on the base's own inputs; forward only.
 
-use super::window::{WINDOW, window_delta};
+use super::window::{WINDOW, show_sinks, window_delta};
 use super::{Cost, Criterion, ForwardCriterion, Scores, Source};
 use crate::error::Result;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
@@ -9,7 +9,7 @@ use model::{Model, ModelError};
 
 pub const CRITERION: Criterion = Criterion {
     name: "window-error",
-    about: "minus the squared change of the layer's output per token when the group sees the last 64 tokens and the sink",
+    about: "minus the squared change of the layer's output per token when the group sees the last 64 tokens and the sinks",
     cost: Cost::Forward,
     measured: None,
     reference: "this project",
@@ -49,12 +49,13 @@ impl<'a> WindowError<'a> {
 }
 
 impl ForwardCriterion for WindowError<'_> {
-    fn attention(&mut self, view: &AttnView<'_>) {
+    fn attention(&mut self, view: &AttnView<'_>, sinks: &[Vec<usize>]) {
         let config = &self.model.config;
         let (d_model, seq) = (config.d_model, view.q.rows());
         let (width, group_width) = (config.heads * config.head_dim, config.group_size() * config.head_dim);
         let mut delta = vec![0.0; seq * width];
         window_delta(self.exec, config, self.window, view, &mut delta);
+        show_sinks(self.exec, config, self.window, view, sinks, &mut delta);
         let delta = MatRef::dense(&delta, seq, width);
         let out_proj = MatRef::dense(self.out_proj[view.layer], d_model, width);
         let mut change = vec![0.0; seq * d_model];

@@ -32,6 +32,7 @@ use model::plan::PlanModel;
 use model::{Model, Progress};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
 
 /// Least length of a sequence, in tokens: below it a key of a few queries passes for a sink.
 pub const MIN_TOKENS: usize = 32;
@@ -133,6 +134,8 @@ pub fn sinks(
         runs: totals.tallies,
         constant: totals.constant,
         activations: massive.finish(),
+        texts: BTreeMap::new(),
+        run: None,
     })
 }
 

@@ -44,6 +44,12 @@ pub struct SinksReport {
     pub activations: Vec<LayerActivations>,
     /// Heads that do next to nothing.
     pub no_op_heads: Vec<NoOpHead>,
+    /// Text of tokens at sinks, as far as whoever made this knows it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub texts: BTreeMap<u32, String>,
+    /// The run that made this; nothing that was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<serde_json::Value>,
 }
 
 /// An absorbing position.

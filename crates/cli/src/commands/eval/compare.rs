@@ -1,14 +1,14 @@
 //! `eval compare`: criteria, budgets and baselines judged on the same text and prompts.
 
-use crate::common::{
-    DataArgs, ExecArgs, TypeArgs, check_context, check_output, documents, load, print_json, usage,
-};
+use crate::common::{DataArgs, ExecArgs, TypeArgs, check_context, check_output, documents, load, usage};
+use crate::run::{print_results, run_info};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use eval::compare::{
-    CompareOptions, Hybrid, Inputs, Method, ResultsFile, Settings, available_criteria, compare, html,
-    markdown, svg,
+    CompareOptions, Hybrid, Inputs, Method, ResultsFile, Settings, available_criteria, compare, markdown, svg,
 };
+use eval::report::Report;
+use eval::run::RunInfo;
 use eval::text::{WindowOptions, windows};
 use model::plan::PlanModel;
 use model::{EngineOptions, Model};
@@ -83,7 +83,7 @@ pub struct CompareArgs {
     /// The results, JSON lines; begun, or gone on with.
     #[arg(long)]
     out: PathBuf,
-    /// Also write a page with chart and tables.
+    /// Also write a page with charts and tables; `report` makes one of --out and of other results.
     #[arg(long)]
     html: Option<PathBuf>,
     /// Also write the chart, KL against cache bytes.
@@ -161,14 +161,15 @@ pub fn run(args: &CompareArgs, ui: &mut Ui) -> Result<()> {
     };
     let mut file = ResultsFile::open(&args.out, settings)?;
     let comparison = compare(&exec, &inputs, &options, &mut file, ui)?;
-    let write = |path: &Option<PathBuf>, text: &dyn Fn() -> String| -> Result<()> {
-        let path: Option<&Path> = path.as_deref();
-        Ok(path.map_or(Ok(()), |path| weights::files::atomic_write(path, text().as_bytes()))?)
-    };
-    write(&args.html, &|| html(&comparison))?;
-    write(&args.svg, &|| svg(&comparison))?;
+    let run = RunInfo { seeds: vec![args.seed], ..run_info(&exec) };
+    if let Some(path) = &args.html {
+        Report::of_conversions(&comparison, args.out.display().to_string(), run).write_html(path)?;
+    }
+    if let Some(path) = &args.svg {
+        weights::files::atomic_write(path, svg(&comparison).as_bytes())?;
+    }
     if args.json {
-        return print_json(&comparison);
+        return print_results(&exec, serde_json::to_value(&comparison)?, Vec::new(), &[args.seed]);
     }
     print!("{}", markdown(&comparison));
     Ok(())

@@ -5,7 +5,7 @@ function taskChart(t, contexts) {
     const y = { scale: linearScale(0, 1, bottom, top), ticks: [0, 0.25, 0.5, 0.75, 1], text: (v) => `${100 * v}`, log: false };
     const slot = (right - left) / contexts.length, x = (c) => left + (contexts.indexOf(c) + 0.5) * slot;
     const spread = Math.min(18, (slot * 0.7) / Math.max(t.rows.length, 1));
-    const children = [axes({ left, right, top, bottom, y, yName: "right, %", xTicks: contexts, xName: "context, tokens", x })], marks = [];
+    const children = [axes({ left, right, top, bottom, y, yName: "right, %", xTicks: contexts, xName: `${t.by}, tokens`, x })], marks = [];
     t.rows.forEach((row, index) => {
       const at = (c) => x(c) + (index - (t.rows.length - 1) / 2) * spread, share = (s) => s.correct / s.asked;
       if (row.scores.length > 1) children.push(svg("polyline", { class: "line faint", style: `stroke:${colour(index)}`, points: row.scores.map(([c, s]) => `${at(c)},${y.scale(share(s))}`).join(" ") }));
@@ -17,7 +17,7 @@ function taskChart(t, contexts) {
         marks.push(node);
       }
     });
-    return { height, children, marks, description: `Share of right answers by context for ${t.rows.map((r) => r.model).join(", ")}, with 95 % intervals.` };
+    return { height, children, marks, description: `Share of right answers by ${t.by} for ${t.rows.map((r) => r.model).join(", ")}, with 95 % intervals.` };
   };
   return chart({ title: t.title, legend: legend(t.rows.map((r) => r.model), false), draw });
 }
@@ -35,7 +35,7 @@ function tasksSection() {
       return el("span", { class: "score" }, percent(score.correct / score.asked, 0), small(`${score.correct}/${score.asked}`), small(`${fixed(100 * score.low, 0)}–${fixed(100 * score.high, 0)}`));
     };
     const rows = t.rows.map((row) => [row.model, ...contexts.map((c) => cell(row, c))]);
-    grid.append(el("div", {}, taskChart(t, contexts), table(["model", ...contexts.map(count)], rows, { label: `${t.title} by context` })));
+    grid.append(el("div", {}, taskChart(t, contexts), table(["model", ...contexts.map(count)], rows, { label: `${t.title} by ${t.by}` })));
   }
   s.append(grid);
 }

@@ -1,8 +1,11 @@
 // Text: other tables, generations, where everything comes from.
 function tablesSection() {
   if (!data.tables.length) return;
-  const s = section("peers", "Beside other programs");
-  for (const t of data.tables) s.append(el("article", {}, el("h3", {}, t.title), el("p", { class: "dim" }, t.note), table(t.columns, t.rows, { cards: true, label: t.title })));
+  const titles = [...new Set(data.tables.map((t) => t.section))];
+  for (const [index, title] of titles.entries()) {
+    const s = section(`tables-${index}`, title);
+    for (const t of data.tables.filter((t) => t.section === title)) s.append(el("article", {}, el("h3", {}, t.title), el("p", { class: "dim" }, t.note), table(t.columns, t.rows, { cards: true, label: t.title })));
+  }
 }
 
 function generationsSection() {

@@ -1,10 +1,13 @@
 //! Result files, recognised by their content. Files are hostile until checked: sizes are bounded, counts must agree, nothing is sized by a number in a file.
 
+mod compare;
 mod heads;
 mod metrics;
 mod peers;
 mod quality;
+mod sinks;
 mod speed;
+mod tables;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -25,7 +28,7 @@ const MAX_BYTES: u64 = 64 << 20;
 /// Longest reason in a message: parsers repeat what they found.
 const MAX_REASON: usize = 300;
 /// Result files that a folder may hold: a checkpoint's, and a quickstart's or a healed checkpoint's.
-const IN_FOLDERS: [&str; 7] = [
+const IN_FOLDERS: [&str; 9] = [
     "results.json",
     "heads.json",
     "plan.json",
@@ -33,9 +36,12 @@ const IN_FOLDERS: [&str; 7] = [
     "align-metrics.jsonl",
     "healed.train/metrics.jsonl",
     "metrics.jsonl",
+    "compare.jsonl",
+    "sinks.json",
 ];
-const KNOWN: &str = "give heads.json, plan.json, head_plan.json, quickstart's results.json, metrics of align or heal (.jsonl), \
-    what eval (but compare, which has --html), bench or generate print with --json, or the results of peers/compare.py; or a folder with some of them";
+const KNOWN: &str = "give heads.json, plan.json, head_plan.json, sinks.json, quickstart's results.json, metrics of align or heal and \
+    results of eval compare (.jsonl), what eval, bench, generate, train-mqar, bench-train or doctor print with --json, or the results of peers/compare.py; \
+    or a folder with some of them";
 
 /// What a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +53,15 @@ enum Kind {
     Passkey,
     HashHop,
     Ruler,
+    Induction,
+    Choice,
+    LastWord,
+    Mqar,
+    Compare,
+    Sinks,
     Bench,
+    BenchTrain,
+    Doctor,
     Generation,
     Peers,
     AlignMetrics,
@@ -65,7 +79,15 @@ impl Kind {
             Self::Passkey => "passkey (eval)",
             Self::HashHop => "HashHop (eval)",
             Self::Ruler => "RULER (eval)",
+            Self::Induction => "induction (eval)",
+            Self::Choice => "multiple choice (eval)",
+            Self::LastWord => "last words (eval)",
+            Self::Mqar => "MQAR (train-mqar)",
+            Self::Compare => "conversions compared (eval compare)",
+            Self::Sinks => "attention sinks (sinks)",
             Self::Bench => "speed (bench)",
+            Self::BenchTrain => "speed of training (bench-train)",
+            Self::Doctor => "a machine (doctor)",
             Self::Generation => "text (generate)",
             Self::Peers => "comparison with peers",
             Self::AlignMetrics => "metrics of align",
@@ -78,11 +100,20 @@ impl Kind {
         let has = |keys: &[&str]| keys.iter().all(|key| value.get(key).is_some());
         let first = |list: &str, key: &str| value[list].get(0).is_some_and(|item| item.get(key).is_some());
         let row = |key: &str| first("results", key);
+        let result = |key: &str| value["results"].get(key).is_some();
         Some(match value {
             _ if has(&["data_sha256", "layers", "config"]) => Self::Heads,
             _ if has(&["model", "beta"]) && first("layers", "groups") => Self::Plan,
             _ if has(&["generations"]) && first("models", "converted") => Self::Quickstart,
             _ if has(&["files", "overall"]) => Self::Quality,
+            _ if value["settings"].get("text_sha256").is_some() => Self::Compare,
+            _ if has(&["sinks", "activations", "no_op_heads"]) => Self::Sinks,
+            _ if row("distance") && row("task") => Self::Induction,
+            _ if row("mixing") && row("pairs") => Self::Mqar,
+            _ if row("step") && row("tokens_per_s") => Self::BenchTrain,
+            _ if result("acc") && result("acc_norm") => Self::Choice,
+            _ if result("acc") && result("perplexity") => Self::LastWord,
+            _ if has(&["features", "memory_read_gigabytes_per_second"]) => Self::Doctor,
             _ if row("context") && row("hops") => Self::HashHop,
             _ if row("context") && row("task") => Self::Ruler,
             _ if row("context") && row("samples") => Self::Passkey,
@@ -190,8 +221,8 @@ impl Reader {
             },
         };
         let kind = Kind::of(&value).ok_or_else(unknown)?;
-        let is_metrics = matches!(kind, Kind::AlignMetrics | Kind::HealMetrics);
-        if !whole && !is_metrics {
+        let has_lines = matches!(kind, Kind::AlignMetrics | Kind::HealMetrics | Kind::Compare);
+        if !whole && !has_lines {
             return Err(unknown());
         }
         let input = Input { path, value };
@@ -202,8 +233,17 @@ impl Reader {
             Kind::Plan => facts = self.plan(&input)?,
             Kind::Quickstart => self.quickstart(&input)?,
             Kind::Quality => self.quality(&input, run.as_ref())?,
-            Kind::Passkey | Kind::HashHop | Kind::Ruler => self.task(&input, kind, run.as_ref())?,
+            Kind::Passkey | Kind::HashHop | Kind::Ruler | Kind::Induction => {
+                self.task(&input, kind, run.as_ref())?;
+            }
+            Kind::Choice => self.choice(&input, run.as_ref())?,
+            Kind::LastWord => self.lastword(&input, run.as_ref())?,
+            Kind::Mqar => facts = self.mqar(&input)?,
+            Kind::Compare => facts = self.compare(&input, &text)?,
+            Kind::Sinks => facts = self.sinks(&input)?,
             Kind::Bench => self.bench(&input, run.as_ref())?,
+            Kind::BenchTrain => self.bench_train(&input)?,
+            Kind::Doctor => facts = self.doctor(&input)?,
             Kind::Generation => self.generation(&input, run.as_ref())?,
             Kind::Peers => facts = self.peers(&input)?,
             Kind::AlignMetrics | Kind::HealMetrics => facts = self.metrics(&input, &text, kind)?,

@@ -72,6 +72,7 @@ impl Reader {
             if !table.is_empty() {
                 let heads = ["what", "weights", "tokens", "ours", "llama.cpp", "PyTorch", "ours / best peer"];
                 self.report.tables.push(Table {
+                    section: "Beside other programs".into(),
                     title: "Beside llama.cpp and PyTorch".into(),
                     note: format!("Tokens per second, medians of {rounds} rounds, and the ratio of the medians. {conditions}."),
                     columns: heads.map(String::from).into(),
@@ -85,6 +86,7 @@ impl Reader {
             self.report.comparisons.push(Comparison {
                 title: "Weight types".into(),
                 note: format!("Beside the same model in exact f32, read as prompts are and as text is generated. {conditions}."),
+                context: None,
                 rows,
             });
             calls(quality.sources);

@@ -69,6 +69,7 @@ impl Reader {
         self.report.comparisons.push(Comparison {
             title: format!("Held-out text of {}", results.text),
             note: "Perplexity is the geometric mean over the held-out files; KL is to the base model, nats per token.".into(),
+            context: None,
             rows: results.models,
         });
         results.generations.into_iter().for_each(|g| self.report.add_generation(g));
@@ -87,7 +88,7 @@ impl Reader {
         );
         let rows = &mut self.report.comparisons;
         let at = rows.iter().position(|c| (&c.title, &c.note) == (&title, &note)).unwrap_or_else(|| {
-            rows.push(Comparison { title, note, rows: Vec::new() });
+            rows.push(Comparison { title, note, ..Comparison::default() });
             rows.len() - 1
         });
         let comparison = &mut rows[at];

@@ -1,13 +1,13 @@
-//! Long-range tasks: passkey, HashHop, RULER.
+//! Long-range tasks: passkey, HashHop, RULER, induction.
 
 use super::{Input, Kind, Reader, distinct};
 use crate::answers::Score;
 use crate::error::Result;
-use crate::report::{TaskRow, TaskTable};
+use crate::report::{Report, TaskRow, TaskTable, TokensOf};
 use crate::run::RunInfo;
 use serde::Deserialize;
 
-/// What the three commands print.
+/// What the commands print.
 #[derive(Deserialize)]
 struct TaskFile {
     results: Vec<Cell>,
@@ -19,9 +19,10 @@ struct Base {
     results: Vec<Cell>,
 }
 
-/// A score at one context; passkey counts `samples`, the others `asked`. Intervals are computed again.
+/// A score at one context, of induction at one distance; passkey counts `samples`, the others `asked`. Intervals are computed again.
 #[derive(Deserialize)]
 struct Cell {
+    #[serde(alias = "distance")]
     context: usize,
     correct: usize,
     #[serde(alias = "samples")]
@@ -40,7 +41,7 @@ impl Reader {
             for cell in cells {
                 if cell.asked == 0 || cell.correct > cell.asked {
                     return Err(input.bad(format!(
-                        "{} right answers of {} at context {}",
+                        "{} right answers of {} at {} tokens",
                         cell.correct, cell.asked, cell.context
                     )));
                 }
@@ -59,14 +60,10 @@ impl Reader {
                 None => rows.push((title, TaskRow { model, scores: vec![score] })),
             }
         }
+        let by = if kind == Kind::Induction { TokensOf::Distance } else { TokensOf::Context };
         for (title, mut row) in rows {
             row.scores.sort_by_key(|s| s.0);
-            let tables = &mut self.report.tasks;
-            let at = tables.iter().position(|t| t.title == title).unwrap_or_else(|| {
-                tables.push(TaskTable { title, rows: Vec::new() });
-                tables.len() - 1
-            });
-            let table = &mut tables[at];
+            let table = self.report.task_table(title, by);
             if !table.rows.contains(&row) {
                 row.model = distinct(&row.model, input, |name| table.rows.iter().any(|r| r.model == name));
                 table.rows.push(row);
@@ -76,10 +73,23 @@ impl Reader {
     }
 }
 
+impl Report {
+    /// The table of this title, begun if there is none.
+    pub(super) fn task_table(&mut self, title: String, by: TokensOf) -> &mut TaskTable {
+        let tables = &mut self.tasks;
+        let at = tables.iter().position(|t| t.title == title).unwrap_or_else(|| {
+            tables.push(TaskTable { title, by, rows: Vec::new() });
+            tables.len() - 1
+        });
+        &mut tables[at]
+    }
+}
+
 fn title(cell: &Cell, kind: Kind) -> String {
     match (kind, cell.hops, &cell.task) {
         (Kind::HashHop, Some(1), _) => "HashHop, 1 hop".into(),
         (Kind::HashHop, Some(hops), _) => format!("HashHop, {hops} hops"),
+        (Kind::Induction, _, Some(task)) => format!("Induction, {task}"),
         (Kind::Ruler, _, Some(task)) => format!("RULER, {}", task.replace('_', " ")),
         _ => "Passkey".into(),
     }

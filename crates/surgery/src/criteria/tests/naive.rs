@@ -131,11 +131,11 @@ impl Naive {
         self.norm(&x, "model.norm.weight")
     }
 
-    /// Windowed minus full head outputs of every layer.
-    fn window_delta(&self, window: usize) -> Vec<Rows> {
+    /// Windowed minus full head outputs of every layer; the windows show the first position and `sinks`.
+    fn window_delta(&self, window: usize, sinks: &[usize]) -> Vec<Rows> {
         let mut deltas = Vec::new();
         self.forward(|_, qkv, full| {
-            let mut delta = self.attention(qkv, |i, j| i - j < window || j == 0);
+            let mut delta = self.attention(qkv, |i, j| i - j < window || j == 0 || sinks.contains(&j));
             delta.iter_mut().flatten().zip(full.iter().flatten()).for_each(|(d, f)| *d -= f);
             deltas.push(delta);
         });
@@ -149,8 +149,8 @@ impl Naive {
             .collect()
     }
 
-    pub fn window_error(&self, window: usize) -> Scores {
-        let deltas = self.window_delta(window);
+    pub fn window_error(&self, window: usize, sinks: &[usize]) -> Scores {
+        let deltas = self.window_delta(window, sinks);
         self.by_group(|layer, columns| {
             let only = |row: &Vec<f64>| {
                 (0..row.len()).map(|c| if columns.contains(&c) { row[c] } else { 0.0 }).collect()
@@ -177,7 +177,7 @@ impl Naive {
                     .unwrap_or(row.len() - 1)
             })
             .collect();
-        let deltas = self.window_delta(window);
+        let deltas = self.window_delta(window, &[]);
         let nll = |layer: usize, columns: &std::ops::Range<usize>, t: usize, step: f64| {
             let log_p = self.forward(|at, _, out| {
                 if at == layer {
@@ -197,7 +197,7 @@ impl Naive {
 
     /// KL(base ‖ base with one group windowed) per token.
     pub fn window_kl(&self, window: usize) -> Scores {
-        let deltas = self.window_delta(window);
+        let deltas = self.window_delta(window, &[]);
         let base = self.forward(|_, _, _| {});
         self.by_group(|layer, columns| {
             let changed = self.forward(|at, _, out| {
