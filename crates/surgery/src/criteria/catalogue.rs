@@ -37,7 +37,7 @@ impl Cost {
     }
 }
 
-/// A time taken once, with other work beside: SmolLM2-135M, two cores, f32 (docs/log/2026-11-26-criteria.md).
+/// A time taken once, with other work beside: SmolLM2-135M, two cores, f32 (docs/log, criteria).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measured {
     /// Seconds.

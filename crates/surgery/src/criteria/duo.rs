@@ -3,7 +3,7 @@
 
 use super::needle::{NeedlePrompt, check_prompts, gather};
 use super::state::Saved;
-use super::{Cost, Criterion, Inputs, Measurement, Scores, Source, by_layer};
+use super::{Cost, Criterion, Inputs, Measured, Measurement, Scores, Source, by_layer};
 use crate::error::{Result, SurgeryError};
 use kernels::Exec;
 use model::{Gates, Model, NoObserver, Progress, Tape, TokenBatch};
@@ -21,7 +21,7 @@ pub const CRITERION: Criterion = Criterion {
     name: "duo",
     about: "minus the learned gate between full attention (1) and streaming attention (0), trained to keep the hidden states that answer needle prompts",
     cost: Cost::TrainingNeedles,
-    measured: None,
+    measured: Some(Measured { seconds: 270.0, of: "100 steps of 1,024 tokens" }),
     reference: "DuoAttention, arXiv 2410.10819",
     source: Source::Needles(measure),
 };

@@ -2,7 +2,7 @@
 
 use super::state::Saved;
 use super::window::{SINKS, WINDOW, window_delta};
-use super::{Cost, Criterion, Inputs, Measurement, Scores, Source, by_layer};
+use super::{Cost, Criterion, Inputs, Measured, Measurement, Scores, Source, by_layer};
 use crate::error::{Result, SurgeryError};
 use crate::stats::check_sequences;
 use kernels::loss::kl_divergence;
@@ -17,7 +17,7 @@ pub const CRITERION: Criterion = Criterion {
     name: "kl",
     about: "minus the KL per token from the base to the model in which only this group is windowed (64 tokens and the sink)",
     cost: Cost::ForwardPerGroup,
-    measured: None,
+    measured: Some(Measured { seconds: 340.0, of: "3,072 tokens" }),
     reference: "this project",
     source: Source::Groups(measure),
 };

@@ -2,7 +2,7 @@
 
 use super::needle::{NeedlePrompt, answer_log_prob, check_prompts};
 use super::state::Saved;
-use super::{Cost, Criterion, Inputs, Measurement, Scores, Source, by_layer};
+use super::{Cost, Criterion, Inputs, Measured, Measurement, Scores, Source, by_layer};
 use crate::error::{Result, SurgeryError};
 use kernels::MatRef;
 use model::observe::AttnView;
@@ -15,7 +15,7 @@ pub const CRITERION: Criterion = Criterion {
     name: "patching",
     about: "minus the indirect effect: share of the answer's log-probability that is lost when the group's outputs come from the prompt with another needle",
     cost: Cost::ForwardPerGroupNeedles,
-    measured: None,
+    measured: Some(Measured { seconds: 480.0, of: "8 prompts of 1,024 tokens" }),
     reference: "HydraHead, arXiv 2606.20097",
     source: Source::Needles(measure),
 };

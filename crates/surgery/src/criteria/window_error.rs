@@ -1,7 +1,7 @@
 //! `window-error`: what windowing a group changes in its layer's output, on the base's own inputs; forward only.
 
 use super::window::{WINDOW, show_sinks, window_delta};
-use super::{Cost, Criterion, ForwardCriterion, Scores, Source};
+use super::{Cost, Criterion, ForwardCriterion, Measured, Scores, Source};
 use crate::error::Result;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm};
 use model::observe::AttnView;
@@ -11,7 +11,7 @@ pub const CRITERION: Criterion = Criterion {
     name: "window-error",
     about: "minus the squared change of the layer's output per token when the group sees the last 64 tokens and the sinks",
     cost: Cost::Forward,
-    measured: None,
+    measured: Some(Measured { seconds: 2.0, of: "1,024 tokens" }),
     reference: "this project",
     source: Source::Forward(start),
 };
