@@ -11,13 +11,15 @@ const TOP: f64 = 60.0;
 const BOTTOM: f64 = 430.0;
 /// A line of the legend.
 const LINE: f64 = 19.0;
+/// Colours of [`STYLE`]: one for each criterion, and one more.
+const COLORS: usize = 11;
 /// Smallest KL drawn; a model that equals its base lies on this line.
 const SMALLEST_KL: f64 = 1e-5;
 
 const STYLE: &str = "
-  :root { --ink: #1c1e21; --faint: #d9dce1; --paper: #ffffff; --c0: #1676c9; --c1: #b3245f; --c2: #b8860b; --c3: #2c8a4b; --c4: #7a4fc0; --c5: #c2521b; --c6: #0f8b8d; --c7: #6b7280; }
+  :root { --ink: #1c1e21; --faint: #d9dce1; --paper: #ffffff; --c0: #1676c9; --c1: #b3245f; --c2: #b8860b; --c3: #2c8a4b; --c4: #7a4fc0; --c5: #c2521b; --c6: #0f8b8d; --c7: #6b7280; --c8: #e07fb4; --c9: #1f2937; --c10: #7d8c1f; }
   @media (prefers-color-scheme: dark) {
-    :root { --ink: #e6e8eb; --faint: #3a3f47; --paper: #16181c; --c0: #55aaf5; --c1: #f5709f; --c2: #e0b040; --c3: #5cc47f; --c4: #b293ee; --c5: #f2915e; --c6: #4fc6c8; --c7: #a7adb8; }
+    :root { --ink: #e6e8eb; --faint: #3a3f47; --paper: #16181c; --c0: #55aaf5; --c1: #f5709f; --c2: #e0b040; --c3: #5cc47f; --c4: #b293ee; --c5: #f2915e; --c6: #4fc6c8; --c7: #a7adb8; --c8: #ffb3d9; --c9: #f3f4f6; --c10: #c3d64a; }
   }
   text { font: 13px system-ui, sans-serif; fill: var(--ink); } .title { font-size: 15px; font-weight: 600; }
   .paper { fill: var(--paper); } .grid { stroke: var(--faint); } .line { fill: none; stroke-width: 2; }
@@ -82,7 +84,7 @@ pub fn svg(comparison: &Comparison) -> String {
     for (i, (name, points)) in series.iter().enumerate() {
         let configuration = &points[0].configuration;
         let dash = ["", "6 3", "2 3", "9 3 2 3", "1 4"][index(&mut methods, configuration.method) % 5];
-        let color = index(&mut criteria, (&configuration.criterion, &configuration.hybrid)) % 8;
+        let color = index(&mut criteria, (&configuration.criterion, &configuration.hybrid)) % COLORS;
         let style = format!(
             "stroke: var(--c{color}); stroke-dasharray: {}",
             if dash.is_empty() { "none" } else { dash }

@@ -31,13 +31,16 @@ function size(n) {
   return `${unit ? fixed(n, 1) : n} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`;
 }
 
+// More columns than this and a sheet of paper needs small type.
+const WIDE = 9;
 // A table; cells are text or nodes, the first of each row is its head.
 function table(columns, rows, options = {}) {
   const head = el("thead", {}, el("tr", {}, columns.map((c, i) => el("th", { scope: "col", class: options.text && options.text.includes(i) ? "text" : null }, c))));
   const cells = (row) => row.map((c, i) => i === 0 ? el("th", { scope: "row" }, c)
     : el("td", { "data-label": columns[i], class: options.text && options.text.includes(i) ? "text wrap" : null }, c));
   const body = el("tbody", {}, rows.map((row, i) => el("tr", { class: options.rowClass ? options.rowClass(i) : null }, cells(row))));
-  const made = el("table", { class: options.cards ? "cards" : null }, options.caption ? el("caption", {}, options.caption) : null, head, body);
+  const classes = [options.cards && "cards", columns.length > WIDE && "wide"].filter(Boolean).join(" ");
+  const made = el("table", { class: classes || null }, options.caption ? el("caption", {}, options.caption) : null, head, body);
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": options.label || options.caption || "table" }, made);
 }
 const small = (text) => el("span", { class: "dim" }, text);
