@@ -31,7 +31,7 @@ def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default 5)")
-    parser.add_argument("--deep-rounds", type=int, default=5, help="rounds of the row at 32,000 tokens, 11 minutes each, nearly all of them llama.cpp's prefill (default 5)")
+    parser.add_argument("--deep-rounds", type=int, help="rounds of the row at 32,000 tokens, 11 minutes each, nearly all of them llama.cpp's prefill (default: as --rounds)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every contestant (default: all cores)")
     parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression: rows (see --list), `quality`, `chart`")
     parser.add_argument("--quick", action="store_true", help="one round, no row at 32,000 tokens, little text, a short chart: to try it")
@@ -40,12 +40,14 @@ def arguments():
     parser.add_argument("--doc", action="store_true", help="rewrite the tables in docs/performance.md and docs/performance.svg")
     parser.add_argument("--list", action="store_true", help="list the names of rows and parts")
     given = parser.parse_args()
+    if given.deep_rounds is None:
+        given.deep_rounds = given.rounds
     if min(given.rounds, given.deep_rounds, given.threads) < 1:
         parser.error("--rounds, --deep-rounds and --threads must be at least 1")
     if given.quick and given.doc:
         parser.error("--quick measures too little for --doc")
     if given.quick:
-        given.rounds = 1
+        given.rounds = given.deep_rounds = 1
     return given
 
 

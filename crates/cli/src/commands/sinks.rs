@@ -143,13 +143,7 @@ fn print_sinks(report: &SinksReport) {
 }
 
 fn row(report: &SinksReport, sink: &Sink) -> String {
-    let first = sink.tokens[0];
-    let token = if sink.tokens.iter().all(|&token| token == first) {
-        let text = report.texts.get(&first).map_or_else(|| format!("#{first}"), |text| format!("{text:?}"));
-        text.chars().take(14).collect()
-    } else {
-        format!("{} different", sink.tokens.len())
-    };
+    let token: String = report.token_name(sink).chars().take(14).collect();
     let facts = format!(
         "{:>8} {:<14} {:>9} {:>5.1} % {:>5.2} {:>6.1} {:>6.2}",
         sink.position,
@@ -212,9 +206,7 @@ fn print_activations(report: &SinksReport) {
     layers.dedup();
     println!("\nmassive activations (in {} of {} layers):", layers.len(), report.activations.len());
     for (layer, dimension) in &massive {
-        let mut positions: Vec<usize> = dimension.places.iter().map(|(_, position)| *position).collect();
-        positions.sort_unstable();
-        positions.dedup();
+        let positions = dimension.positions();
         let more = if positions.len() > 8 { ", …" } else { "" };
         let positions: Vec<String> = positions.iter().take(8).map(ToString::to_string).collect();
         println!(
@@ -225,8 +217,7 @@ fn print_activations(report: &SinksReport) {
             positions.join(", ")
         );
     }
-    let heads: Vec<String> =
-        report.no_op_heads.iter().map(|head| format!("{}.{}", head.layer, head.head)).collect();
+    let heads = report.no_op_names();
     println!(
         "no-op heads (layer.head; less than a tenth of the attention outside of sinks): {}{}",
         heads.len(),

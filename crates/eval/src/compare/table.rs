@@ -1,7 +1,7 @@
 //! A comparison as a Markdown table.
 
 use super::{Comparison, Estimate, PasskeyScore};
-use crate::report::{bytes, number};
+use crate::report::{between, bytes, number};
 
 /// Tables of GitHub-flavoured Markdown: the configurations, then the criteria's rank correlations.
 pub fn markdown(comparison: &Comparison) -> String {
@@ -29,19 +29,8 @@ pub fn markdown(comparison: &Comparison) -> String {
         out.push_str(&format!(" {} | {} |\n", bytes(row.cache_bytes), bytes(row.cache_bytes_8k)));
     }
     if rank_correlation.criteria.len() > 1 {
-        out.push_str("\n| Spearman's ρ |");
-        rank_correlation.criteria.iter().for_each(|name| out.push_str(&format!(" {name} |")));
-        out.push_str("\n|---|");
-        out.push_str(&"---|".repeat(rank_correlation.criteria.len()));
         out.push('\n');
-        for (name, row) in rank_correlation.criteria.iter().zip(&rank_correlation.rho) {
-            out.push_str(&format!("| {name} |"));
-            row.iter().for_each(|rho| match rho {
-                Some(rho) => out.push_str(&format!(" {rho:.2} |")),
-                None => out.push_str(" – |"),
-            });
-            out.push('\n');
-        }
+        out.push_str(&rank_correlation.table().to_markdown());
     }
     out
 }
@@ -54,9 +43,5 @@ fn push_passkeys(out: &mut String, scores: &[PasskeyScore]) {
 }
 
 fn estimate(estimate: Estimate, show: impl Fn(f64) -> String) -> String {
-    let value = show(estimate.value);
-    match estimate.interval {
-        Some((low, high)) => format!("{value} ({}–{})", show(low), show(high)),
-        None => value,
-    }
+    between(estimate.value, estimate.interval, show)
 }

@@ -39,6 +39,14 @@ pub(super) fn count(n: usize) -> String {
     out
 }
 
+/// A value and its interval, if it has one.
+pub(crate) fn between(value: f64, interval: Option<(f64, f64)>, format: impl Fn(f64) -> String) -> String {
+    match interval {
+        Some((low, high)) => format!("{} ({}–{})", format(value), format(low), format(high)),
+        None => format(value),
+    }
+}
+
 /// Text for an HTML element or attribute.
 pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")

@@ -1,6 +1,6 @@
 //! The results as Markdown tables for a README.
 
-use super::format::{bytes, count, markdown, number};
+use super::format::{between, bytes, count, markdown, number};
 use super::{Comparison, Report, SpeedTable, Table, TaskTable, TokensOf};
 
 const DASH: &str = "–";
@@ -50,14 +50,6 @@ impl Table {
 
 fn shown<T>(value: Option<T>, format: impl Fn(T) -> String) -> String {
     value.map_or_else(|| DASH.into(), format)
-}
-
-/// A value and its interval, if it has one.
-fn between(value: f64, interval: Option<(f64, f64)>, format: impl Fn(f64) -> String) -> String {
-    match interval {
-        Some((low, high)) => format!("{} ({}–{})", format(value), format(low), format(high)),
-        None => format(value),
-    }
 }
 
 /// Every value once, in order.

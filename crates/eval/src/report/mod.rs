@@ -8,7 +8,7 @@ mod read;
 #[cfg(test)]
 mod testing;
 
-pub(crate) use format::escape;
+pub(crate) use format::{between, escape};
 pub use format::{bytes, number};
 pub use read::{QuickstartResults, Reader};
 

@@ -54,15 +54,12 @@ pub fn show_sinks(
     let rows: Vec<(usize, &mut [f32])> = delta.chunks_exact_mut(config.heads * d).enumerate().collect();
     exec.parallel_items(rows, |_, (t, row)| {
         for (head, sinks) in sinks.iter().enumerate() {
-            let later = |&&sink: &&usize| sink >= SINKS && sink + window <= t;
-            if !sinks.iter().any(|sink| later(&sink)) {
+            let later = sinks.iter().copied().filter(|&sink| sink >= SINKS && sink + window <= t);
+            let later: Vec<usize> = later.collect();
+            if later.is_empty() {
                 continue;
             }
-            let first = 0..SINKS.min((t + 1).saturating_sub(window));
-            let shown: Vec<usize> = first
-                .chain(sinks.iter().filter(later).copied())
-                .chain((t + 1).saturating_sub(window)..=t)
-                .collect();
+            let shown: Vec<usize> = (0..SINKS).chain(later).chain(t + 1 - window..=t).collect();
             let (k, v) = (view.k.columns(head / group_size * d, d), view.v.columns(head / group_size * d, d));
             let query = &view.q.row(t)[head * d..(head + 1) * d];
             let scores: Vec<f64> = shown.iter().map(|&j| scale * dot(query, k.row(j))).collect();

@@ -41,6 +41,16 @@ pub struct Dimension {
     pub places: Vec<(usize, usize)>,
 }
 
+impl Dimension {
+    /// Its positions over all sequences, each once, ascending.
+    pub fn positions(&self) -> Vec<usize> {
+        let mut positions: Vec<usize> = self.places.iter().map(|place| place.1).collect();
+        positions.sort_unstable();
+        positions.dedup();
+        positions
+    }
+}
+
 /// Collects the residual stream of sequence after sequence, each layer once.
 pub struct MassiveSums {
     layers: Vec<LayerSums>,

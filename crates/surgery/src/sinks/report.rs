@@ -161,6 +161,21 @@ impl SinksReport {
         report_file::write(path, self, Self::check)
     }
 
+    /// The token of a sink: its text or number where it is the same in all sequences, else how many there are.
+    pub fn token_name(&self, sink: &Sink) -> String {
+        match &sink.tokens[..] {
+            [first, rest @ ..] if rest.iter().all(|token| token == first) => {
+                self.texts.get(first).map_or_else(|| format!("#{first}"), |text| format!("{text:?}"))
+            }
+            tokens => format!("{} different", tokens.len()),
+        }
+    }
+
+    /// The no-op heads as `layer.head`.
+    pub fn no_op_names(&self) -> Vec<String> {
+        self.no_op_heads.iter().map(|head| format!("{}.{}", head.layer, head.head)).collect()
+    }
+
     fn check(&self) -> Checked {
         let (layers, heads) = (self.model.layers, self.model.heads);
         let sinks = self.sinks.iter().flat_map(|sink| sink.heads.iter().map(|h| (h.layer, h.head)));

@@ -8,8 +8,6 @@ use crate::report::format::count;
 use crate::report::{Comparison, Report, SourceFile, Table, TaskRow, TokensOf, VariantRow};
 use crate::run::RunInfo;
 
-const CORRELATIONS: &str = "Rank correlation of criteria";
-
 impl Reader {
     /// Reads either form; `text` is the whole file.
     pub(super) fn compare(&mut self, input: &Input<'_>, text: &str) -> Result<Vec<(String, String)>> {
@@ -61,10 +59,7 @@ impl Report {
             self.add_passkeys(conversions, &suffix);
         }
         if rank_correlation.criteria.len() > 1 {
-            let table = correlations(rank_correlation);
-            if !self.tables.contains(&table) {
-                self.tables.push(table);
-            }
+            self.add_table(rank_correlation.table());
         }
         vec![
             ("weights".into(), settings.weights.clone()),
@@ -152,16 +147,20 @@ fn scores(passkey: &[PasskeyScore]) -> Vec<(usize, Score)> {
     scores
 }
 
-fn correlations(found: &RankCorrelation) -> Table {
-    let cell = |rho: &Option<f64>| rho.map_or("–".into(), |rho| format!("{rho:.2}"));
-    let row = |(name, row): (&String, &Vec<Option<f64>>)| {
-        std::iter::once(name.clone()).chain(row.iter().map(cell)).collect()
-    };
-    Table {
-        section: CORRELATIONS.into(),
-        title: "Spearman's ρ".into(),
-        note: "How alike criteria order the KV groups; 1: the same order.".into(),
-        columns: std::iter::once("criterion".into()).chain(found.criteria.iter().cloned()).collect(),
-        rows: found.criteria.iter().zip(&found.rho).map(row).collect(),
+impl RankCorrelation {
+    /// Criteria in rows and columns.
+    pub(crate) fn table(&self) -> Table {
+        let cell = |rho: &Option<f64>| rho.map_or("–".into(), |rho| format!("{rho:.2}"));
+        let row = |(name, row): (&String, &Vec<Option<f64>>)| {
+            std::iter::once(name.clone()).chain(row.iter().map(cell)).collect()
+        };
+        let title = "Spearman's ρ".to_string();
+        Table {
+            section: "Rank correlation of criteria".into(),
+            note: "How alike criteria order the KV groups; 1: the same order.".into(),
+            columns: std::iter::once(title.clone()).chain(self.criteria.iter().cloned()).collect(),
+            rows: self.criteria.iter().zip(&self.rho).map(row).collect(),
+            title,
+        }
     }
 }

@@ -10,10 +10,7 @@ use surgery::HeadsReport;
 
 impl Reader {
     pub(super) fn heads(&mut self, input: &Input<'_>) -> Result<Vec<(String, String)>> {
-        let heads = HeadsReport::read(input.path).map_err(|e| match e {
-            surgery::SurgeryError::File { reason, .. } => input.bad(reason),
-            other => input.bad(other.to_string()),
-        })?;
+        let heads = HeadsReport::read(input.path).map_err(|e| input.unreadable(e))?;
         let facts = vec![
             ("tokens".into(), count(heads.tokens)),
             ("context".into(), count(heads.context)),

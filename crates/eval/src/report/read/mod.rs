@@ -14,7 +14,7 @@ mod tests;
 
 pub use quality::QuickstartResults;
 
-use super::{Report, SourceFile};
+use super::{Report, SourceFile, Table};
 use crate::error::{EvalError, Result};
 use crate::run::RunInfo;
 use serde::de::DeserializeOwned;
@@ -22,12 +22,13 @@ use serde_json::Value;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use surgery::SurgeryError;
 
 /// Largest file that is read, far above any that the commands write.
 const MAX_BYTES: u64 = 64 << 20;
 /// Longest reason in a message: parsers repeat what they found.
 const MAX_REASON: usize = 300;
-/// Result files that a folder may hold: a checkpoint's, and a quickstart's or a healed checkpoint's.
+/// Result files that a folder may hold, by the names that the commands' examples give them.
 const IN_FOLDERS: [&str; 9] = [
     "results.json",
     "heads.json",
@@ -149,6 +150,14 @@ impl Input<'_> {
         bad(self.path, &reason.into())
     }
 
+    /// An error of surgery's own reading of this file.
+    fn unreadable(&self, error: SurgeryError) -> EvalError {
+        match error {
+            SurgeryError::File { reason, .. } => self.bad(reason),
+            other => self.bad(other.to_string()),
+        }
+    }
+
     /// The whole file as a `T`.
     fn parse<T: DeserializeOwned>(&self, kind: Kind) -> Result<T> {
         T::deserialize(&self.value).map_err(|e| self.bad(format!("malformed {}: {e}", kind.name())))
@@ -267,6 +276,15 @@ fn read(path: &Path) -> Result<String> {
         return Err(bad(path, &format!("the file is empty\nhint: {KNOWN}")));
     }
     Ok(text)
+}
+
+impl Report {
+    /// Adds a table, unless it is there already.
+    pub(super) fn add_table(&mut self, table: Table) {
+        if !self.tables.contains(&table) {
+            self.tables.push(table);
+        }
+    }
 }
 
 /// `name`, or with the file's name behind it when `taken`.

@@ -1,6 +1,6 @@
 //! `sinks.json`: absorbing positions with their tests and causes, massive activations, no-op heads.
 
-use super::{Input, Kind, Reader};
+use super::{Input, Reader};
 use crate::error::Result;
 use crate::report::Table;
 use crate::report::format::{count, number};
@@ -14,14 +14,13 @@ const MAX_PLACES: usize = 8;
 
 impl Reader {
     pub(super) fn sinks(&mut self, input: &Input<'_>) -> Result<Vec<(String, String)>> {
-        let file: SinksReport = input.parse(Kind::Sinks)?;
-        self.report.tables.push(positions(&file));
+        let file = SinksReport::read(input.path).map_err(|e| input.unreadable(e))?;
+        self.report.add_table(positions(&file));
         let massive = massive(&file);
         if !massive.rows.is_empty() {
-            self.report.tables.push(massive);
+            self.report.add_table(massive);
         }
-        let heads: Vec<String> =
-            file.no_op_heads.iter().map(|head| format!("{}.{}", head.layer, head.head)).collect();
+        let heads = file.no_op_names();
         Ok(vec![
             ("model".into(), file.model.to_string()),
             ("sequences".into(), format!("{} of up to {} tokens", file.sequences, count(file.context))),
@@ -70,20 +69,12 @@ fn positions(file: &SinksReport) -> Table {
 
 fn position(file: &SinksReport, sink: &Sink) -> Vec<String> {
     let dash = || "–".to_string();
-    let token = match &sink.tokens[..] {
-        [] => dash(),
-        [first, rest @ ..] if rest.iter().all(|token| token == first) => match file.texts.get(first) {
-            Some(text) => format!("{text:?}"),
-            None => format!("#{first}"),
-        },
-        tokens => format!("{} different", tokens.len()),
-    };
     let share = |estimate: Option<Estimate>| {
         estimate.map_or_else(dash, |e| format!("{:.2} [{:.2}, {:.2}]", e.mean, e.low, e.high))
     };
     let mut cells = vec![
         count(sink.position),
-        token,
+        file.token_name(sink),
         format!("{}/{}", sink.sequences.len(), file.sequences),
         format!("{:.1} %", 100.0 * sink.share),
         format!("{:.2}", sink.mass),
@@ -112,9 +103,7 @@ fn massive(file: &SinksReport) -> Table {
     let dimensions =
         file.activations.iter().flat_map(|layer| layer.dimensions.iter().map(move |d| (layer, d)));
     let rows = dimensions.filter(|(_, d)| d.massive).take(MAX_ROWS).map(|(layer, d)| {
-        let mut positions: Vec<usize> = d.places.iter().map(|place| place.1).collect();
-        positions.sort_unstable();
-        positions.dedup();
+        let positions = d.positions();
         let more = if positions.len() > MAX_PLACES { ", …" } else { "" };
         let positions: Vec<String> = positions.iter().take(MAX_PLACES).map(usize::to_string).collect();
         vec![

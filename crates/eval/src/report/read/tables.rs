@@ -1,6 +1,6 @@
 //! Results that are shown as plain tables: questions of the user's own, MQAR, training speed, machines.
 
-use super::{Input, Kind, Reader};
+use super::{Input, Kind, Reader, distinct};
 use crate::answers::Score;
 use crate::choice::ChoiceResult;
 use crate::error::Result;
@@ -120,9 +120,11 @@ impl Reader {
             tables.len() - 1
         });
         for (name, result) in found {
-            let row: Vec<String> = std::iter::once(name).chain(measures(result)).collect();
-            if !tables[at].rows.contains(&row) {
-                tables[at].rows.push(row);
+            let mut row: Vec<String> = std::iter::once(name).chain(measures(result)).collect();
+            let rows = &mut tables[at].rows;
+            if !rows.contains(&row) {
+                row[0] = distinct(&row[0], input, |name| rows.iter().any(|row| row[0] == name));
+                rows.push(row);
             }
         }
     }
@@ -157,7 +159,7 @@ impl Reader {
             "steps",
             "seconds",
         ];
-        self.report.tables.push(Table {
+        self.report.add_table(Table {
             section: "Associative recall from scratch".into(),
             title: "MQAR".into(),
             note: "Small models trained from scratch; right answers of the test, share, and its 95 % interval (Wilson).".into(),
@@ -172,7 +174,7 @@ impl Reader {
         let row = |r: StepRow| {
             vec![r.step, format!("{} × {}", r.sequences, count(r.seq_len)), format!("{:.1}", r.tokens_per_s)]
         };
-        self.report.tables.push(Table {
+        self.report.add_table(Table {
             section: "Training speed".into(),
             title: format!("Training steps of {}", file.model),
             note: format!("{} threads, {}, {}.", file.threads, file.isa, file.precision),
@@ -191,7 +193,7 @@ impl Reader {
             ("8-bit GEMM", format!("{:.0} GOP/s", file.q8_gemm_gops)),
             ("memory read", format!("{:.1} GB/s", file.memory_read_gigabytes_per_second)),
         ];
-        self.report.tables.push(Table {
+        self.report.add_table(Table {
             section: "Machine".into(),
             title: file.cpu.unwrap_or_else(|| "CPU without a name".into()),
             note: format!("{} threads, {}.", file.threads, file.isa),
