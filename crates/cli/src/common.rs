@@ -7,7 +7,7 @@ use eval::run::RunModel;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
-use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
+use model::{Dropped, Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
 use std::path::{Path, PathBuf};
 use train::data::{self, DataSource, Document, SelfOptions, Split};
 use weights::{Checkpoint, ModelSource, Tokenizer};
@@ -380,6 +380,27 @@ impl MixerArg {
             Self::None => RecurrentKind::None,
         };
         Ok(MixerSpec::of(recurrent, window, sinks, config.head_dim))
+    }
+}
+
+/// What becomes of tokens that a window no longer shows.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DroppedArg {
+    /// Nothing; a recurrence is added to the window.
+    Forgotten,
+    /// They are averaged to one key and value of their weight (RazorAttention's compensation token).
+    Averaged,
+    /// The recurrence answers for them, with the share of the softmax that they are estimated to have (mamba2 and gated-delta).
+    Weighed,
+}
+
+impl From<DroppedArg> for Dropped {
+    fn from(arg: DroppedArg) -> Self {
+        match arg {
+            DroppedArg::Forgotten => Self::Forgotten,
+            DroppedArg::Averaged => Self::Averaged,
+            DroppedArg::Weighed => Self::Weighed,
+        }
     }
 }
 

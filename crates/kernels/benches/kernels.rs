@@ -125,7 +125,7 @@ mod attention {
         let dst = MatMut::dense(&mut out, n, WIDTH);
         kernels::attention::attention(&exec, SHAPE, mask, q, k, v, dst, Some(&mut lse));
         let out = MatRef::dense(&out, n, WIDTH);
-        let saved = AttnSaved { q, k, v, out, lse: &lse, dout: q };
+        let saved = AttnSaved { q, k, v, out, lse: &lse, dout: q, dlse: None };
         bencher.bench_local(|| {
             kernels::attention::attention_backward(&exec, SHAPE, mask, saved, &mut dq, &mut dk, &mut dv);
         });

@@ -50,7 +50,7 @@ fn decode(bencher: Bencher<'_, '_>, kind: &str, kv_heads: usize, len: usize) {
     bencher.counter(BytesCount::new(bytes)).bench_local(|| {
         for store in &stores {
             let (q, out) = (MatRef::dense(&q, 1, width), MatMut::dense(&mut out, 1, width));
-            let job = AttendJob { store, q, out, out_columns: &columns, window: None };
+            let job = AttendJob { store, q, out, out_columns: &columns, window: None, lse: None };
             attend(&exec, GROUP, SCALE, &mut [job], &mut scratch);
         }
     });
@@ -81,7 +81,7 @@ fn prefill_512_rows<const DEPTH: usize>(bencher: Bencher<'_, '_>, kind: &str) {
     let mut scratch = AttendScratch::new();
     bencher.counter(operations(DEPTH)).bench_local(|| {
         let (q, out) = (MatRef::dense(&q, ROWS, 576), MatMut::dense(&mut out, ROWS, 576));
-        let job = AttendJob { store: &store, q, out, out_columns: &columns, window: None };
+        let job = AttendJob { store: &store, q, out, out_columns: &columns, window: None, lse: None };
         attend(&exec, GROUP, SCALE, &mut [job], &mut scratch);
     });
 }

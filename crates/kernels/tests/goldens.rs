@@ -266,6 +266,7 @@ fn check_attention(name: &'static str, local: Option<(usize, usize)>) {
             out: MatRef::dense(&out, seq, d_q),
             lse: &lse,
             dout: MatRef::dense(&dout, seq, d_q),
+            dlse: None,
         };
         attention_backward(exec, shape, mask, saved, &mut dq, &mut dk, &mut dv);
         case.check(exec, "grad.q", &dq);

@@ -35,6 +35,8 @@ pub enum Dropped {
     Forgotten,
     /// They are averaged to one key and value that weighs as much as their number: RazorAttention's compensation token (arXiv 2407.15891).
     Averaged,
+    /// The recurrent part answers for them, with the share of the softmax that they are estimated to have; of `mamba2` and `gated-delta`.
+    Weighed,
 }
 
 /// What replaces attention in every converted group of a plan.
@@ -199,6 +201,7 @@ impl fmt::Display for MixerSpec {
         match dropped {
             Dropped::Forgotten => Ok(()),
             Dropped::Averaged => f.write_str(", dropped tokens averaged"),
+            Dropped::Weighed => f.write_str(", dropped tokens weighed"),
         }
     }
 }
@@ -212,6 +215,11 @@ impl MixerSpec {
             RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => (head_dim, 4),
         };
         Self { recurrent, window, sinks, d_state, d_conv, dropped: Dropped::Forgotten }
+    }
+
+    /// Whether the mixer can [weigh](Dropped::Weighed) what its window drops.
+    pub fn can_weigh(&self) -> bool {
+        matches!(self.recurrent, RecurrentKind::Mamba2 | RecurrentKind::GatedDelta) && self.window > 0
     }
 
     /// Checks that the sizes are in range and fit heads of `head_dim` values.
@@ -232,6 +240,11 @@ impl MixerSpec {
         }
         if dropped == Dropped::Averaged && window == 0 {
             return bad("mixer averages the tokens that its window drops, but has no window".into());
+        }
+        if dropped == Dropped::Weighed && !self.can_weigh() {
+            return bad(format!(
+                "mixer `{kind}` with window {window} weighs the tokens that its window drops; that takes mamba2 or gated-delta and a window"
+            ));
         }
         let state_range = match recurrent {
             RecurrentKind::None if window == 0 => {

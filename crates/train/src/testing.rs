@@ -3,7 +3,7 @@
 use crate::data::Document;
 use model::mixers::{self, HeadLayout};
 use model::plan::PlanModel;
-use model::{HeadPlan, MixerSpec, Model, ModelConfig, ParamStore, Progress, RecurrentKind};
+use model::{Dropped, HeadPlan, MixerSpec, Model, ModelConfig, ParamStore, Progress, RecurrentKind};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::cell::Cell;
@@ -89,14 +89,19 @@ pub fn killed<T>(f: impl FnOnce() -> T) {
     assert!(result.is_err(), "was to be killed");
 }
 
-/// Every mixer: each recurrence with and without the local part.
+/// Every mixer: each recurrence with and without the local part, and weighed against it.
 pub fn mixer_specs(head_dim: usize) -> Vec<MixerSpec> {
     let mut out = Vec::new();
     for (recurrent, d_state) in
         [(RecurrentKind::Mamba2, head_dim), (RecurrentKind::GatedDelta, head_dim), (RecurrentKind::Mamba, 16)]
     {
         for (window, sinks) in [(0, 0), (4, 1)] {
-            out.push(MixerSpec { recurrent, window, sinks, d_state, d_conv: 4, dropped: Default::default() });
+            let spec =
+                MixerSpec { recurrent, window, sinks, d_state, d_conv: 4, dropped: Default::default() };
+            out.push(spec);
+            if spec.can_weigh() {
+                out.push(MixerSpec { dropped: Dropped::Weighed, ..spec });
+            }
         }
     }
     out

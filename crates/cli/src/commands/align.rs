@@ -1,13 +1,17 @@
 //! `align`: trains the head bank.
 
-use crate::common::{DataArgs, MixerArg, TrainExecArgs, check_context, check_output, documents, load, usage};
+use crate::common::{
+    DataArgs, DroppedArg, MixerArg, TrainExecArgs, check_context, check_output, documents, load, usage,
+};
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::number;
+use model::{Dropped, MixerSpec};
 use std::path::PathBuf;
 use surgery::{HeadBank, HeadsReport, bank::init_bank};
 use train::align::{AlignOptions, align};
 use train::data::{self, SequenceStream, Split, sequences};
+use train::recipe::DEFAULT;
 
 /// Train a replacement head for every KV group, layer by layer, from the model's own inputs and outputs.
 ///
@@ -37,20 +41,26 @@ pub struct Args {
     #[arg(long, default_value_t = 512)]
     context: usize,
     /// Recurrent part of the replacement.
-    #[arg(long, value_enum, default_value_t = MixerArg::Mamba2)]
+    #[arg(long, value_enum, default_value_t = MixerArg::GatedDelta)]
     mixer: MixerArg,
     /// Tokens of the local attention window beside it; 0: none.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = DEFAULT.mixer.window)]
     window: usize,
     /// First tokens the window always sees (default: 1 with a window).
     #[arg(long)]
     sinks: Option<usize>,
+    /// What becomes of tokens behind the window (default: weighed where the mixer can, else forgotten).
+    #[arg(long, value_enum)]
+    dropped: Option<DroppedArg>,
     /// Tokens per optimiser step.
     #[arg(long, default_value_t = 1024)]
     tokens_per_step: usize,
     /// Peak learning rate.
     #[arg(long)]
     lr: Option<f32>,
+    /// Learning rate of the copied q, k and v projections as a multiple of --lr (default: 0.05 beside a window, which reads them too; 0.5 without one).
+    #[arg(long)]
+    projection_lr_scale: Option<f32>,
     /// Held-out tokens for the error, and again as many for mixer-fisher.
     #[arg(long, default_value_t = 4096)]
     measure_tokens: usize,
@@ -86,6 +96,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let config = &loaded.model.config;
     check_context(config, args.context)?;
     let spec = args.mixer.spec(config, args.window, args.sinks)?;
+    let dropped = match args.dropped {
+        Some(dropped) => dropped.into(),
+        None if spec.can_weigh() => Dropped::Weighed,
+        None => Dropped::Forgotten,
+    };
+    let spec = MixerSpec { dropped, ..spec };
+    spec.validate(config.head_dim)?;
     let heads = HeadsReport::read(&args.heads)?;
     let (train, heldout) =
         data::split_pair(documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?);
@@ -99,6 +116,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         tokens: args.tokens,
         tokens_per_step: args.tokens_per_step,
         lr: args.lr.unwrap_or(AlignOptions::default().lr),
+        projection_lr_scale: args
+            .projection_lr_scale
+            .unwrap_or(AlignOptions::projection_lr_scale_beside(spec.window)),
         heldout: sequences(&heldout, measure_context, args.measure_tokens, args.seed)?,
         fisher: sequences(&train, measure_context, args.measure_tokens, args.seed ^ 1)?,
         out: args.out.clone(),

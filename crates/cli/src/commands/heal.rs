@@ -70,11 +70,15 @@ pub struct Args {
     /// Peak learning rate of the new heads.
     #[arg(long)]
     lr: Option<f32>,
+    /// Learning rate of the heads' copied q, k and v projections as a multiple of --lr (default: 0.03 beside a window, which reads them too; 0.3
+    /// without one).
+    #[arg(long)]
+    projection_lr_scale: Option<f32>,
     /// Weight of the divergence (distill).
-    #[arg(long, default_value_t = 0.9)]
+    #[arg(long, default_value_t = 1.0)]
     kl_weight: f32,
     /// Weight of the next-token loss (distill).
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.0)]
     ce_weight: f32,
     /// Keep layers' inputs only and run every layer again in the backward pass: the same result in less memory and more time.
     #[arg(long)]
@@ -99,7 +103,7 @@ pub struct Args {
 }
 
 /// Options of single runs.
-const SET_BY_A_RECIPE: [&str; 10] = [
+const SET_BY_A_RECIPE: [&str; 11] = [
     "model",
     "stage",
     "context",
@@ -107,6 +111,7 @@ const SET_BY_A_RECIPE: [&str; 10] = [
     "accumulate",
     "train",
     "lr",
+    "projection_lr_scale",
     "kl_weight",
     "ce_weight",
     "checkpoint_activations",
@@ -116,7 +121,7 @@ const TOKENS: u64 = 32_768;
 /// `--recipe`.
 #[derive(clap::ValueEnum, Clone, Copy, Debug)]
 pub enum RecipeArg {
-    /// Mamba-2 heads beside a window of 64 and one sink, aligned, chosen by their own error, then distilled: 1,048,576 + 245,760 tokens.
+    /// Heads of the gated delta rule beside a window of 192 and one sink, aligned, chosen by their own error, then distilled: 1,048,576 + 245,760 tokens.
     Default,
     /// The paper's: fresh Mamba blocks by recency, then all weights trained on next tokens: 1,294,336 tokens.
     Paper,
@@ -171,6 +176,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let defaults = HealOptions::default();
     let mut state_dir = args.out.clone().into_os_string();
     state_dir.push(".train");
+    let window = hybrid.model.plan.mixer.map_or(0, |mixer| mixer.window);
     let options = HealOptions {
         stage: match args.stage {
             StageArg::Distill => Stage::Distill { kl: args.kl_weight, ce: args.ce_weight },
@@ -181,6 +187,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         batch: args.batch,
         accumulate: args.accumulate,
         lr: args.lr.unwrap_or(defaults.lr),
+        projection_lr_scale: args
+            .projection_lr_scale
+            .unwrap_or(HealOptions::projection_lr_scale_beside(window)),
         elastic: args.elastic.clone(),
         seed: args.seed,
         checkpoint_activations: args.checkpoint_activations,

@@ -1,6 +1,6 @@
 //! `plan`: which KV groups to convert under a budget.
 
-use crate::common::{MixerArg, check_output, print_json, usage};
+use crate::common::{DroppedArg, MixerArg, check_output, print_json, usage};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use eval::report::bytes;
@@ -53,8 +53,7 @@ pub struct Args {
     /// Its sinks (default: 1 with a window; of a baseline: its own).
     #[arg(long, conflicts_with = "bank")]
     sinks: Option<usize>,
-    /// What becomes of tokens behind the window: forgotten (default), or averaged to one key and value of their weight (RazorAttention's
-    /// compensation token).
+    /// What becomes of tokens behind the window (default: forgotten).
     #[arg(long, value_enum, conflicts_with = "bank")]
     dropped: Option<DroppedArg>,
     /// Seed of `random`.
@@ -125,22 +124,6 @@ fn list_criteria(json: bool) -> Result<()> {
         rows.iter().filter(|row| row.by_default).map(|row| row.name).collect::<Vec<_>>().join(", ")
     );
     Ok(())
-}
-
-/// `--dropped`.
-#[derive(clap::ValueEnum, Clone, Copy, Debug)]
-enum DroppedArg {
-    Forgotten,
-    Averaged,
-}
-
-impl From<DroppedArg> for Dropped {
-    fn from(arg: DroppedArg) -> Self {
-        match arg {
-            DroppedArg::Forgotten => Self::Forgotten,
-            DroppedArg::Averaged => Self::Averaged,
-        }
-    }
 }
 
 pub fn run(args: &Args, _: &mut Ui) -> Result<()> {

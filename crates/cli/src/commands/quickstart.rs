@@ -15,6 +15,7 @@ use kernels::Exec;
 use kernels::kv::KvType;
 use kernels::quant::Dtype;
 use model::generate::{GenerateLimits, generate};
+use model::mixers::HeadLayout;
 use model::{Engine, EngineOptions, HeadPlan, MixerSpec, Model, Sampler, SamplerOptions};
 use setup::Settings;
 use std::path::PathBuf;
@@ -23,9 +24,7 @@ use surgery::convert::convert_in_memory;
 use surgery::{HeadBank, HeadsReport, select};
 use train::TrainError;
 use train::data::Document;
-use train::recipe::{
-    self, ALIGN, Align, Analyze, Budget, DEFAULT, Heal, Mixer, Numbering, Recipe, Run, Seeds,
-};
+use train::recipe::{self, ALIGN, Align, Analyze, Budget, DEFAULT, Heal, Numbering, Recipe, Run, Seeds};
 
 /// What models are compared in: close enough to f32 that the differences between models stand far above the rounding.
 const JUDGED: EngineOptions = EngineOptions { weights: Some(Dtype::BF16), kv_type: KvType::F32 };
@@ -56,7 +55,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0.5)]
     beta: f64,
     /// Tokens of the local attention window beside each recurrence.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = DEFAULT.mixer.window)]
     window: usize,
     /// Folder for everything that is made.
     #[arg(long, default_value = "recurformer-quickstart")]
@@ -140,15 +139,15 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
 
 /// The default recipe with budgets of a few minutes.
 fn recipe(args: &Args) -> Recipe {
-    let align = Align { tokens: args.align_tokens, context: 512, heldout_items: 2, ..ALIGN };
+    let align = Align { tokens: args.align_tokens, heldout_items: 2, ..ALIGN };
     Recipe {
         name: "quickstart",
         seeds: Seeds::new(args.seed),
         analyze: Analyze { tokens: args.analyze_tokens, ..DEFAULT.analyze },
-        mixer: Mixer { window: args.window, sinks: usize::from(args.window > 0), ..DEFAULT.mixer },
+        mixer: DEFAULT.mixer.beside(args.window),
         align: Some(align),
         // Few tokens: more, smaller steps with a lower peak.
-        heal: Heal { tokens: args.heal_tokens, context: 512, lr: 2e-4, warmup: 4, ..DEFAULT.heal },
+        heal: Heal { tokens: args.heal_tokens, lr: 2e-4, warmup: 4, ..DEFAULT.heal },
         ..DEFAULT
     }
 }
@@ -186,7 +185,13 @@ impl Quickstart<'_> {
         let convert =
             |plan: &HeadPlan, bank: Option<&HeadBank>| convert_in_memory(base, plan, bank, Some(heads), seed);
         let paper = self.plan_by("recency", MixerArg::Mamba.spec(config, 0, None)?, heads, None)?;
-        let window = self.plan_by("kl-fisher", MixerArg::None.spec(config, 64, None)?, heads, None)?;
+        // As many tokens as the heads' cache would hold.
+        let bytes = |spec| HeadLayout::new(spec, config).cache_bytes(KvType::F16);
+        let per_token = bytes(MixerArg::None.spec(config, 1, Some(0))?);
+        let tokens = (bytes(bank.info.spec) / per_token).saturating_sub(1).max(1);
+        let window = self.plan_by("kl-fisher", MixerArg::None.spec(config, tokens, None)?, heads, None)?;
+        let window_only =
+            format!("window {tokens} + sink on the groups best for it, the same cache; training-free");
         let random = self.plan_by("random", bank.info.spec, heads, Some(bank))?;
         let models: Vec<(&str, &str, Model)> = vec![
             ("base", "the original model", base.clone()),
@@ -195,11 +200,7 @@ impl Quickstart<'_> {
                 "groups by recency ratio, fresh Mamba blocks, no training",
                 convert(&paper, None)?,
             ),
-            (
-                "window only",
-                "window 64 + sink on the groups best for it; training-free",
-                convert(&window, None)?,
-            ),
+            ("window only", &window_only, convert(&window, None)?),
             ("random groups", "aligned heads on random groups", convert(&random, Some(bank))?),
             (UNHEALED, "aligned heads on the groups they cost least", convert(plan, Some(bank))?),
             ("ours, healed", "the same after distillation", healed.clone()),

@@ -89,7 +89,7 @@ struct Block {
     q: Vec<f32>,
     dout: Vec<f32>,
     lse: Vec<f32>,
-    /// `Σ dout · out` per row: the mean of the weights' gradients under the weights.
+    /// `Σ dout · out` per row, the mean of the weights' gradients under the weights, less the gradient of the log denominator.
     delta: Vec<f32>,
 }
 
@@ -107,16 +107,20 @@ impl Block {
         let dout = pack_group(shape, saved.dout, kv_head, first, count);
         let out = pack_group(shape, saved.out, kv_head, first, count);
         let pairs = || dout.chunks_exact(shape.head_dim).zip(out.chunks_exact(shape.head_dim));
-        let delta = dispatch!(exec.isa(), |s| {
+        let mut delta = dispatch!(exec.isa(), |s| {
             let mut delta = Vec::with_capacity(count * group);
             for (dout, out) in pairs() {
                 delta.push(simd::dot(s, dout, out));
             }
             delta
         });
-        let lse = MatRef::dense(saved.lse, saved.q.rows(), shape.q_heads);
-        let lse =
-            (first..first + count).flat_map(|i| &lse.row(i)[kv_head * group..][..group]).copied().collect();
+        let of_rows = |values| {
+            let values = MatRef::dense(values, saved.q.rows(), shape.q_heads);
+            (first..first + count).flat_map(move |i| &values.row(i)[kv_head * group..][..group])
+        };
+        if let Some(dlse) = saved.dlse {
+            delta.iter_mut().zip(of_rows(dlse)).for_each(|(delta, dlse)| *delta -= dlse);
+        }
         Self {
             shape,
             kv_head,
@@ -125,7 +129,7 @@ impl Block {
             visible: (first..first + count).map(|i| mask.visible(i, kv_len)).collect(),
             q: pack_group(shape, saved.q, kv_head, first, count),
             dout,
-            lse,
+            lse: of_rows(saved.lse).copied().collect(),
             delta,
         }
     }

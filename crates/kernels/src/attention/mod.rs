@@ -106,6 +106,8 @@ pub struct AttnSaved<'a> {
     pub lse: &'a [f32],
     /// Gradient of the output.
     pub dout: MatRef<'a>,
+    /// Gradient of the log denominators `[q_len, q_heads]`, where they are read as well.
+    pub dlse: Option<&'a [f32]>,
 }
 
 /// Gradient of [`attention`]; adds to dense `dq` `[q_len, q_heads·head_dim]`, `dk`, `dv` `[kv_len, kv_heads·head_dim]`.
@@ -119,7 +121,7 @@ pub fn attention_backward(
     dk: &mut [f32],
     dv: &mut [f32],
 ) {
-    let AttnSaved { q, k, v, out, lse, dout } = saved;
+    let AttnSaved { q, k, v, out, lse, dout, dlse } = saved;
     shape.check(mask, q, k, v);
     for (name, mat) in [("out", out), ("dout", dout)] {
         assert!(
@@ -128,6 +130,7 @@ pub fn attention_backward(
         );
     }
     assert_eq!(lse.len(), q.rows() * shape.q_heads, "attention: lse");
+    assert!(dlse.is_none_or(|dlse| dlse.len() == lse.len()), "attention: dlse");
     assert_eq!(dq.len(), q.rows() * q.cols(), "attention: dq");
     let kv_values = k.rows() * k.cols();
     assert!(dk.len() == kv_values && dv.len() == kv_values, "attention: dk and dv hold {kv_values} values");

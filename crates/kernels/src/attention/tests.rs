@@ -20,6 +20,7 @@ struct Case {
     k: Vec<f32>,
     v: Vec<f32>,
     dout: Vec<f32>,
+    dlse: Vec<f32>,
 }
 
 struct Results {
@@ -46,6 +47,7 @@ impl Case {
             k: values(2, kv_len * kv_heads * head_dim),
             v: noise(3, kv_len * kv_heads * head_dim),
             dout: noise(4, q_len * q_heads * head_dim),
+            dlse: noise(5, q_len * q_heads),
         }
     }
 
@@ -73,7 +75,7 @@ impl Case {
         attention(exec, self.shape, mask, q, k, v, out, Some(&mut r.lse));
         let (out, dout) =
             (MatRef::dense(&r.out, self.q_len, width), MatRef::dense(&self.dout, self.q_len, width));
-        let saved = AttnSaved { q, k, v, out, lse: &r.lse, dout };
+        let saved = AttnSaved { q, k, v, out, lse: &r.lse, dout, dlse: Some(&self.dlse) };
         attention_backward(exec, self.shape, mask, saved, &mut r.dq, &mut r.dk, &mut r.dv);
         r
     }
@@ -89,7 +91,8 @@ impl Case {
         };
         assert_close(&what("out"), &got.out, &out, TOLERANCE);
         assert_close(&what("lse"), &got.lse, &lse, TOLERANCE);
-        let (dq, dk, dv) = naive::attention_backward(self.shape, mask, inputs, &to_f64(&self.dout));
+        let (dout, dlse) = (to_f64(&self.dout), to_f64(&self.dlse));
+        let (dq, dk, dv) = naive::attention_backward(self.shape, mask, inputs, &dout, &dlse);
         for (name, got, want) in [("dq", got.dq, dq), ("dk", got.dk, dk), ("dv", got.dv, dv)] {
             let want: Vec<f64> = want.iter().map(|x| x + 1.0).collect();
             assert_close(&what(name), &got, &want, GRADIENT_TOLERANCE);
@@ -223,15 +226,17 @@ fn threads_do_not_change_a_bit() {
 fn naive_gradients_agree_with_finite_differences() {
     let case = Case::new((4, 2, 3), 6, 6, 1.0);
     let (q, k, v, d) = (to_f64(&case.q), to_f64(&case.k), to_f64(&case.v), to_f64(&case.dout));
+    let dlse = to_f64(&case.dlse);
     let kv_pos = [0, 1, 2, 3, 4, 5];
     for mask in
         [AttnMask::Causal { q_pos0: 0 }, AttnMask::Local { q_pos0: 0, kv_pos: &kv_pos, window: 2, sinks: 1 }]
     {
         let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
-            let (out, _) = naive::attention(case.shape, mask, Inputs { q, k, v });
-            out.iter().zip(&d).map(|(o, d)| o * d).sum()
+            let (out, lse) = naive::attention(case.shape, mask, Inputs { q, k, v });
+            out.iter().zip(&d).chain(lse.iter().zip(&dlse)).map(|(o, d)| o * d).sum()
         };
-        let (dq, dk, dv) = naive::attention_backward(case.shape, mask, Inputs { q: &q, k: &k, v: &v }, &d);
+        let (dq, dk, dv) =
+            naive::attention_backward(case.shape, mask, Inputs { q: &q, k: &k, v: &v }, &d, &dlse);
         assert_gradient("dq", &dq, &numeric_gradient(&q, |q| loss(q, &k, &v)));
         assert_gradient("dk", &dk, &numeric_gradient(&k, |k| loss(&q, k, &v)));
         assert_gradient("dv", &dv, &numeric_gradient(&v, |v| loss(&q, &k, v)));
@@ -288,6 +293,7 @@ fn a_window_step_is_attention_to_every_key() {
             let (k, v) = (noise(2, keys * head_dim), noise(3, keys * head_dim));
             let shape = AttnShape { q_heads: heads, kv_heads: 1, head_dim, scale: 0.3 };
             let mut expected = vec![f32::NAN; heads * head_dim];
+            let (mut lse, mut expected_lse) = (vec![f32::NAN; heads], vec![f32::NAN; heads]);
             attention(
                 &exec,
                 shape,
@@ -296,16 +302,16 @@ fn a_window_step_is_attention_to_every_key() {
                 MatRef::dense(&k, keys, head_dim),
                 MatRef::dense(&v, keys, head_dim),
                 MatMut::dense(&mut expected, 1, heads * head_dim),
-                None,
+                Some(&mut expected_lse),
             );
             let (mut out, mut scores) = (vec![f32::NAN; heads * head_dim], Vec::new());
-            window_step(&exec, (0.3, 0.0), &q, &k, &v, head_dim, &mut scores, &mut out);
-            for (found, expected) in out.iter().zip(&expected) {
+            window_step(&exec, (0.3, 0.0), &q, &k, &v, head_dim, &mut scores, &mut out, &mut lse);
+            for (found, expected) in out.iter().zip(&expected).chain(lse.iter().zip(&expected_lse)) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }
             // A weight of three is three equal keys.
             let thrice = |x: &[f32]| [x, &x[x.len() - head_dim..], &x[x.len() - head_dim..]].concat();
-            window_step(&exec, (0.3, 3f32.ln()), &q, &k, &v, head_dim, &mut scores, &mut out);
+            window_step(&exec, (0.3, 3f32.ln()), &q, &k, &v, head_dim, &mut scores, &mut out, &mut lse);
             window_step(
                 &exec,
                 (0.3, 0.0),
@@ -315,8 +321,9 @@ fn a_window_step_is_attention_to_every_key() {
                 head_dim,
                 &mut scores,
                 &mut expected,
+                &mut expected_lse,
             );
-            for (found, expected) in out.iter().zip(&expected) {
+            for (found, expected) in out.iter().zip(&expected).chain(lse.iter().zip(&expected_lse)) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }
         }

@@ -6,7 +6,7 @@ use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 
 /// Softmax attention of one token's query heads over all `n` given keys: `q` and `out` are `[heads, head_dim]`, `keys` and `values`
-/// `[n, head_dim]`, shared by the heads. The last key weighs `exp(last_bias)` times as much as it would (0: like the others).
+/// `[n, head_dim]`, shared by the heads; `lse` `[heads]` receives the log of each softmax denominator. The last key weighs `exp(last_bias)` times as much as it would (0: like the others).
 /// `scores` is a buffer; it only grows. Runs on the calling thread.
 ///
 /// # Panics
@@ -20,14 +20,16 @@ pub fn window_step(
     head_dim: usize,
     scores: &mut Vec<f32>,
     out: &mut [f32],
+    lse: &mut [f32],
 ) {
     assert!(head_dim > 0 && q.len().is_multiple_of(head_dim), "window: {} values of q", q.len());
     assert!(!keys.is_empty() && keys.len().is_multiple_of(head_dim), "window: {} values of keys", keys.len());
     check_len("values", values.len(), keys.len());
     check_len("out", out.len(), q.len());
     scores.resize(keys.len() / head_dim, 0.0);
-    for (q, out) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
-        dispatch!(exec.isa(), |s| head(s, (scale, last_bias), q, keys, values, scores, out));
+    check_len("lse", lse.len(), q.len() / head_dim);
+    for ((q, out), lse) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).zip(lse) {
+        *lse = dispatch!(exec.isa(), |s| head(s, (scale, last_bias), q, keys, values, scores, out));
     }
 }
 
@@ -40,7 +42,7 @@ fn head<S: Simd>(
     values: &[f32],
     scores: &mut [f32],
     out: &mut [f32],
-) {
+) -> f32 {
     let head_dim = q.len();
     for (score, key) in scores.iter_mut().zip(keys.chunks_exact(head_dim)) {
         *score = scale * simd::dot(s, q, key);
@@ -59,4 +61,5 @@ fn head<S: Simd>(
     for (&score, value) in scores.iter().zip(values.chunks_exact(head_dim)) {
         simd::axpy(s, score * inverse, value, out);
     }
+    max + sum.ln()
 }

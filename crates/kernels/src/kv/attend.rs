@@ -37,6 +37,8 @@ struct Task {
 struct Out {
     data: *mut f32,
     row_stride: usize,
+    /// `[rows, kv_heads · group]`; null where it is not wanted.
+    lse: *mut f32,
 }
 
 /// Buffers of [`attend`], kept between calls; they only grow.
@@ -92,7 +94,8 @@ pub fn attend(
     for job in jobs.iter_mut() {
         check(job, group_size);
         let row_stride = job.out.row_stride();
-        outs.push(Out { data: job.out.data_mut().as_mut_ptr(), row_stride });
+        let lse = job.lse.as_deref_mut().map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
+        outs.push(Out { data: job.out.data_mut().as_mut_ptr(), row_stride, lse });
         let seen = job.window.map_or(usize::MAX, |window| window.tokens + window.sinks);
         work += job.q.rows() * job.q.cols() * job.store.len().min(seen);
     }
@@ -125,6 +128,8 @@ fn check(job: &AttendJob<'_>, group: usize) {
     assert!(rows <= job.store.len(), "attend: {rows} queries, {} positions", job.store.len());
     assert_eq!(job.q.cols(), kv_heads * width, "attend: q columns");
     assert_eq!(job.out.rows(), rows, "attend: out rows");
+    let wanted = job.lse.as_ref().map(|lse| lse.len());
+    assert!(wanted.is_none_or(|len| len == rows * kv_heads * group), "attend: lse");
     assert_eq!(job.out_columns.len(), kv_heads, "attend: one output column per KV head");
     for (i, &column) in job.out_columns.iter().enumerate() {
         let fits = column.checked_add(width).is_some_and(|end| end <= job.out.cols());
@@ -180,6 +185,11 @@ fn plan(jobs: &[AttendJob<'_>], group: usize, tasks: &mut Vec<Task>) -> usize {
 }
 
 impl Call<'_> {
+    /// Where the log denominators of a row of queries and a KV head begin.
+    fn lse_at(&self, job: &AttendJob<'_>, row: usize, kv_head: usize) -> usize {
+        (row * job.store.kv_heads() + kv_head) * self.group
+    }
+
     /// # Safety
     /// The task's outputs or partial are this call's alone and fit, see [`attend`].
     unsafe fn run(&self, task: Task, buffers: &mut Buffers) {
@@ -215,6 +225,12 @@ impl Call<'_> {
             scale: self.scale,
             out: first,
             out_stride: out.row_stride,
+            lse: match out.lse.is_null() {
+                true => out.lse,
+                // SAFETY: `check` found the row and the head's columns within it.
+                false => unsafe { out.lse.add(self.lse_at(job, task.first, task.kv_head)) },
+            },
+            lse_stride: self.group * job.store.kv_heads(),
             window: job.window,
         };
         #[cfg(target_arch = "x86_64")]
@@ -291,15 +307,20 @@ impl Call<'_> {
                 let column = job.out_columns[kv_head] + row % self.group * head_dim;
                 // SAFETY: the caller's contract; the partials have the layout of `decode`.
                 unsafe {
-                    let out = out.data.add(row / self.group * out.row_stride + column);
-                    let out = std::slice::from_raw_parts_mut(out, head_dim);
-                    dispatch!(self.isa, merge_row(self.partials, parts, rows, width, row, out));
+                    let data = out.data.add(row / self.group * out.row_stride + column);
+                    let data = std::slice::from_raw_parts_mut(data, head_dim);
+                    let lse = dispatch!(self.isa, merge_row(self.partials, parts, rows, width, row, data));
+                    if !out.lse.is_null() {
+                        *out.lse.add(self.lse_at(job, row / self.group, kv_head) + row % self.group) = lse;
+                    }
                 }
             }
         }
     }
 }
 
+/// Writes a row's output and returns the log of its denominator.
+///
 /// # Safety
 /// `parts` are tasks of one job and head with partials of `rows` rows of `width` sums.
 #[inline(always)]
@@ -310,7 +331,7 @@ unsafe fn merge_row(
     width: usize,
     row: usize,
     out: &mut [f32],
-) {
+) -> f32 {
     // SAFETY: the caller's contract.
     unsafe {
         let max_at = rows * width + row;
@@ -335,7 +356,13 @@ unsafe fn merge_row(
         for out in out.iter_mut() {
             *out *= inverse;
         }
+        natural_log(max, sum)
     }
+}
+
+/// The log of a denominator `sum · 2^max`.
+pub(super) fn natural_log(max: f32, sum: f32) -> f32 {
+    if sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.log2()) * std::f32::consts::LN_2 }
 }
 
 /// # Safety

@@ -74,4 +74,6 @@ pub struct AttendJob<'a> {
     pub out_columns: &'a [usize],
     /// Restricts what the queries see; none: every position up to their own.
     pub window: Option<Window>,
+    /// Receives the log of each softmax denominator, `[t, kv_heads · group_size]`, where it is wanted.
+    pub lse: Option<&'a mut [f32]>,
 }

@@ -1,6 +1,7 @@
 //! Many query rows of one KV head: register tiles on the cache's panels, online softmax, causal.
 
 use super::Window;
+use super::attend::natural_log;
 use super::buffers::Buffers;
 use super::dot::{Dot, MAX_ROWS};
 use super::format::{Format, MAX_STEP, even_half};
@@ -27,6 +28,9 @@ pub(super) struct Block<'a> {
     /// Where the output of row `first` of `q`, head 0 of the group, begins, and the distance of two rows.
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
+    /// Likewise for the log denominators; null where they are not wanted.
+    pub(super) lse: *mut f32,
+    pub(super) lse_stride: usize,
     pub(super) window: Option<Window>,
 }
 
@@ -179,6 +183,9 @@ pub(super) unsafe fn block<D: Dot, F: Format>(d: D, task: &Block<'_>, buffers: &
         }
         for row in 0..rows {
             let sum = *sum.add(row);
+            if !task.lse.is_null() {
+                *task.lse.add(row / group * task.lse_stride + row % group) = natural_log(*max.add(row), sum);
+            }
             let inverse = s.splat16(if sum == 0.0 { 0.0 } else { 1.0 / sum });
             let (acc, out) =
                 (acc.add(row * width), task.out.add(row / group * task.out_stride + row % group * head_dim));

@@ -52,6 +52,18 @@ fn attend_one(
     window: Option<Window>,
     scratch: &mut AttendScratch,
 ) -> Vec<f32> {
+    attend_with(exec, shape, store, q, window, None, scratch)
+}
+
+fn attend_with(
+    exec: &Exec,
+    shape: Shape,
+    store: &KvStore,
+    q: &[f32],
+    window: Option<Window>,
+    lse: Option<&mut [f32]>,
+    scratch: &mut AttendScratch,
+) -> Vec<f32> {
     let width = shape.q_width();
     let t = q.len() / width;
     let mut out = vec![f32::NAN; q.len()];
@@ -62,6 +74,7 @@ fn attend_one(
         out: MatMut::dense(&mut out, t, width),
         out_columns: &columns,
         window,
+        lse,
     };
     attend(exec, shape.group, shape.scale(), &mut [job], scratch);
     out
@@ -81,11 +94,14 @@ fn check_seen(
 ) {
     let store = shape.store(exec, len, len);
     let q = noise(3, t * shape.q_width());
-    let got = attend_one(exec, shape, &store, &q, window, scratch);
+    let mut lse = vec![f32::NAN; q.len() / shape.dim];
+    let got = attend_with(exec, shape, &store, &q, window, Some(&mut lse), scratch);
+    assert!(got == attend_one(exec, shape, &store, &q, window, scratch));
     let q = MatRef::dense(&q, t, shape.q_width());
-    let want = naive::kv::attend(&store, q, shape.group, shape.scale(), window);
+    let (want, want_lse) = naive::kv::attend(&store, q, shape.group, shape.scale(), window);
     let what = format!("{} {shape:?} len {len} t {t} {window:?}", exec.isa());
     assert_close(&what, &got, &want, shape.tolerance(exec, t, window));
+    assert_close(&format!("lse {what}"), &lse, &want_lse, shape.tolerance(exec, t, window));
 }
 
 #[test]
@@ -219,7 +235,7 @@ fn several_jobs_write_their_own_columns() {
             let mut jobs = Vec::new();
             for (((store, q), out), &(_, t)) in stores.iter().zip(&queries).zip(&mut outs).zip(&sizes) {
                 let (q, out) = (MatRef::dense(q, t, width), MatMut::new(out, t, cols, stride));
-                jobs.push(AttendJob { store, q, out, out_columns: &columns, window: None });
+                jobs.push(AttendJob { store, q, out, out_columns: &columns, window: None, lse: None });
             }
             let mut scratch = AttendScratch::new();
             attend(&exec, shape.group, shape.scale(), &mut jobs, &mut scratch);
@@ -258,7 +274,7 @@ fn huge_scores_and_their_ties_stay_finite() {
                 let q = vec![-50.0; t * width];
                 let got = attend_one(&exec, shape, &store, &q, None, &mut AttendScratch::new());
                 let q = MatRef::dense(&q, t, width);
-                let want = naive::kv::attend(&store, q, 2, shape.scale(), None);
+                let (want, _) = naive::kv::attend(&store, q, 2, shape.scale(), None);
                 assert_close("ties", &got, &want, shape.tolerance(&exec, t, None));
             }
         }
@@ -437,6 +453,7 @@ fn overlapping_output_columns_are_refused() {
         out: MatMut::dense(&mut out, 1, 32),
         out_columns: &[0, 15],
         window: None,
+        lse: None,
     };
     attend(&exec, 1, 1.0, &mut [job], &mut AttendScratch::new());
 }

@@ -58,12 +58,13 @@ pub fn attention(shape: AttnShape, mask: AttnMask<'_>, x: Inputs<'_>) -> (Vec<f6
     (out, lse)
 }
 
-/// Gradients of [`attention`] for `q`, `k` and `v`.
+/// Gradients of [`attention`] for `q`, `k` and `v` from those of the output and of the log denominators.
 pub fn attention_backward(
     shape: AttnShape,
     mask: AttnMask<'_>,
     x: Inputs<'_>,
     dout: &[f64],
+    dlse: &[f64],
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let AttnShape { q_heads, kv_heads, head_dim, scale } = shape;
     let (mut dq, mut dk, mut dv) = (vec![0.0; x.q.len()], vec![0.0; x.k.len()], vec![0.0; x.v.len()]);
@@ -74,7 +75,7 @@ pub fn attention_backward(
         let dp = |j: usize| (0..head_dim).map(|d| dout[at + d] * x.v[kv(j) + d]).sum::<f64>();
         let mean: f64 = p.iter().enumerate().map(|(j, p)| p * dp(j)).sum();
         for (j, p) in p.iter().enumerate() {
-            let ds = f64::from(scale) * p * (dp(j) - mean);
+            let ds = f64::from(scale) * p * (dp(j) - mean + dlse[row]);
             for d in 0..head_dim {
                 dv[kv(j) + d] += p * dout[at + d];
                 dq[at + d] += ds * x.k[kv(j) + d];

@@ -20,3 +20,26 @@ pub fn backward(y: &[f64], z: &[f64], gain: &[f64], dout: &[f64]) -> [Vec<f64>; 
 fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
+
+/// `keep · kept + (1 − keep) · r` with `r` of [`gated`]; `keep` `[rows, heads]`, `kept` `[rows, gain.len()]`.
+pub fn blended(y: &[f64], z: &[f64], gain: &[f64], keep: &[f64], kept: &[f64]) -> Vec<f64> {
+    let head_dim = y.len() / keep.len();
+    let blend = |(i, r): (usize, f64)| {
+        let keep = keep[i / head_dim];
+        keep * kept[i] + (1.0 - keep) * r
+    };
+    gated(y, z, gain).into_iter().enumerate().map(blend).collect()
+}
+
+/// `[dy, dz, dgain, dkept, dkeep]` from the gradient of [`blended`].
+pub fn blended_backward([y, z, gain, keep, kept]: [&[f64]; 5], dout: &[f64]) -> [Vec<f64>; 5] {
+    let head_dim = y.len() / keep.len();
+    let rest: Vec<f64> = dout.iter().enumerate().map(|(i, d)| d * (1.0 - keep[i / head_dim])).collect();
+    let [dy, dz, dgain] = backward(y, z, gain, &rest);
+    let dkept = dout.iter().enumerate().map(|(i, d)| d * keep[i / head_dim]).collect();
+    let mut dkeep = vec![0.0; keep.len()];
+    for (i, r) in gated(y, z, gain).into_iter().enumerate() {
+        dkeep[i / head_dim] += dout[i] * (kept[i] - r);
+    }
+    [dy, dz, dgain, dkept, dkeep]
+}

@@ -4,10 +4,17 @@ use crate::MatRef;
 use crate::kv::{KvStore, Window};
 
 /// Output `[t, kv_heads · group · head_dim]` of the queries `q` of the same shape, which are the last `t` positions of
-/// the store; computed over the values as stored. See [`crate::kv::attend()`].
-pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32, window: Option<Window>) -> Vec<f64> {
+/// the store, and the logs of the softmax denominators `[t, kv_heads · group]`; computed over the values as stored. See [`crate::kv::attend()`].
+pub fn attend(
+    store: &KvStore,
+    q: MatRef<'_>,
+    group: usize,
+    scale: f32,
+    window: Option<Window>,
+) -> (Vec<f64>, Vec<f64>) {
     let (kv_heads, head_dim, len) = (store.kv_heads(), store.head_dim(), store.len());
     let mut out = vec![0.0; q.rows() * q.cols()];
+    let mut lse = vec![0.0; out.len() / head_dim];
     let (mut k, mut v) = (vec![0.0; head_dim], vec![0.0; head_dim]);
     for kv_head in 0..kv_heads {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -30,6 +37,7 @@ pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32, window: 
                 let scores: Vec<f64> = (0..visible).map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                lse[(i * q.cols() + at) / head_dim] = max + sum.ln();
                 let out = &mut out[i * q.cols() + at..][..head_dim];
                 for (score, v) in scores.iter().zip(&values) {
                     let p = (score - max).exp() / sum;
@@ -38,5 +46,5 @@ pub fn attend(store: &KvStore, q: MatRef<'_>, group: usize, scale: f32, window: 
             }
         }
     }
-    out
+    (out, lse)
 }

@@ -169,6 +169,7 @@ impl Layer {
                 out: MatMut::dense(out, seq, width),
                 out_columns: &kept.out_columns,
                 window: None,
+                lse: None,
             });
         }
         let scale = 1.0 / (head_dim as f32).sqrt();
@@ -197,7 +198,8 @@ impl Layer {
             }
         }
         let mut heads = ws.heads.as_mut_slice();
-        let (projected, starts) = (&ws.projected, &ws.starts);
+        let (projected, starts, window_lse) = (&ws.projected, &ws.starts, &ws.window_lse);
+        let (weighs, per_lse) = (layout.weighs(), config.group_size());
         let mut jobs = Vec::with_capacity(memories.len());
         for (s, memory) in memories.iter_mut().enumerate() {
             let rows = starts[s]..starts[s + 1];
@@ -205,7 +207,9 @@ impl Layer {
             jobs.push((rows, memory, out));
         }
         let run = |inner: &Exec, (rows, memory, out): (Range<usize>, &mut &mut LayerCache, &mut [f32])| {
-            for (group, cache) in self.converted.iter().zip(memory.heads.iter_mut().flatten()) {
+            for (i, (group, cache)) in
+                self.converted.iter().zip(memory.heads.iter_mut().flatten()).enumerate()
+            {
                 let inputs = HeadInputs::from_projections(&layout, |b| {
                     let Block { segment, column, width } = group.blocks[b];
                     let stride = self.segments[segment].weight.rows();
@@ -215,7 +219,11 @@ impl Layer {
                 let env = self.head_env(pass, layout, group);
                 let out = &mut out[group.group * per_group..];
                 let out = MatMut::new(out, rows.len(), per_group, width);
-                mixers::recur_projected(inner, &env, inputs, cache, out);
+                let lse = weighs.then(|| {
+                    let stride = self.converted.len() * per_lse;
+                    MatRef::new(&window_lse[rows.start * stride + i * per_lse..], rows.len(), per_lse, stride)
+                });
+                mixers::recur_projected(inner, &env, inputs, lse, cache, out);
             }
         };
         let inner = |exec: Exec| exec.with_precision(pass.precision).expect("a precision that this CPU has");
@@ -274,10 +282,12 @@ impl Layer {
                 ),
             };
             let rate = |b| if recurrent { block(b) } else { &[] };
+            let far = if layout.weighs() { block(3) } else { &[] };
             let inputs = StepInputs {
                 gate: rate(0),
                 dt: rate(1),
                 input: rate(2),
+                far,
                 q: block(last - 3),
                 k: block(last - 2),
                 v: block(last - 1),

@@ -95,7 +95,8 @@ impl Layer {
         ws.rope.rotate(exec, MatMut::new(&mut ws.rotated, rows, turned, stride), config.head_dim);
     }
 
-    /// What the windows of whole chunks see into the groups' columns of `ws.heads`; the chunks' keys and values into the windows.
+    /// What the windows of whole chunks see into the groups' columns of `ws.heads`; the chunks' keys and values into the windows. Where dropped tokens
+    /// are weighed, log denominators into `ws.window_lse`.
     pub(super) fn attend_windows(
         &self,
         pass: &Pass<'_>,
@@ -146,15 +147,20 @@ impl Layer {
         let window = Some(Window { tokens: layout.spec.window, sinks: layout.spec.sinks });
         let mut jobs: SmallVec<[AttendJob<'_>; 4]> = SmallVec::new();
         let mut heads = ws.heads.as_mut_slice();
+        let lse_width = if layout.weighs() { groups * config.group_size() } else { 0 };
+        ws.window_lse.resize(ws.positions.len() * lse_width, 0.0);
+        let mut log_denominators = ws.window_lse.as_mut_slice();
         for (s, store) in stores[..memories.len()].iter().enumerate() {
             let seq = ws.starts[s + 1] - ws.starts[s];
             let out = heads.split_off_mut(..seq * width).expect("rows of all sequences");
+            let lse = log_denominators.split_off_mut(..seq * lse_width).expect("rows of all sequences");
             jobs.push(AttendJob {
                 store,
                 q: rotated(s, 0, columns.k(0)),
                 out: MatMut::dense(out, seq, width),
                 out_columns: &out_columns,
                 window,
+                lse: layout.weighs().then_some(lse),
             });
         }
         let scale = 1.0 / (head_dim as f32).sqrt();

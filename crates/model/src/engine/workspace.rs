@@ -22,6 +22,8 @@ pub(super) struct Workspace {
     pub rotated: Vec<f32>,
     /// Keys and values that windows see.
     pub windows: WindowStores,
+    /// Log denominators of windows whose dropped tokens are weighed, `[rows, groups · heads of a group]`.
+    pub window_lse: Vec<f32>,
     /// Of steps of converted groups.
     pub steps: Vec<StepScratch>,
     /// Of norms of queries and keys.
@@ -45,6 +47,7 @@ impl Workspace {
             active: Vec::new(),
             rotated: Vec::new(),
             windows: WindowStores::default(),
+            window_lse: Vec::new(),
             steps: Vec::new(),
             normed: Default::default(),
             positions: Vec::new(),

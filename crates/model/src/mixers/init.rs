@@ -1,7 +1,7 @@
-//! Starting values of new heads, and the gain fitted on one batch.
+//! Starting values of new heads, and what is fitted on one sequence.
 
 use super::{BaseGroup, Ctx, Form, HeadDims, HeadEnv, HeadLayout, HeadTensors, MambaTensors};
-use super::{Linear, Projections, QkvTensors, local, qkv};
+use super::{Linear, Projections, QkvTensors, local, qkv, weighed};
 use crate::plan::RecurrentKind;
 use kernels::{Exec, MatMut, MatRef, elementwise};
 use rand::{Rng, SeedableRng};
@@ -18,7 +18,7 @@ const DELTA_FLOOR: f32 = 1e-4;
 /// `mean_distance` per query head clamped to 2..128, gate 0, gain 1), the usual random Mamba-1 initialisation (seeded) for `mamba`.
 ///
 /// `mean_distance` has one value per query head (ignored by `mamba` and `none`); `gated-delta`, with one decay per group, takes the mean
-/// of the clamped values. Weights of the rate projections, `in_scale`, `beta` biases and `d_skip` start at 0. Panics when lengths do not fit.
+/// of the clamped values. Weights of the rate projections, `in_scale`, `beta` biases, `d_skip` and all of `far` start at 0. Panics when lengths do not fit.
 pub fn init(layout: &HeadLayout, base: &BaseGroup<'_>, mean_distance: &[f32], seed: u64) -> HeadTensors {
     let mut tensors = layout.zeros();
     let slices = tensors.values.iter_mut().map(Vec::as_mut_slice);
@@ -94,14 +94,18 @@ fn inverse_softplus(y: f32) -> f32 {
     y + (-(-y).exp_m1()).ln()
 }
 
-/// `out_gain` per query head by least squares so that the recurrent branch best explains `target − local(x)`: `⟨y,t⟩/⟨y,y⟩` with `y` the
-/// recurrence's output before gain and gate (a new head's gate is 1), repeated for the head's channels; 1 where `y` is 0.
-/// `None` for mixers without a gain. `x` is one sequence from its start, `target` is `[T, G·D]`.
-pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_>) -> Option<Vec<f32>> {
+/// What is fitted to one sequence before a new head trains: tensors by their index in [`HeadLayout::tensors`], with their values. `x` is the sequence
+/// from its start, `target` `[T, G·D]` the base's output. Empty for mixers without a gain.
+///
+/// - `far_proj.bias` and `far_count` (where dropped tokens are weighed), per query head: the line over `ln N` closest to the true log weights of the
+///   dropped tokens, rows weighted by their share of the softmax; its slope between 0 and 1.
+/// - `out_gain`, per query head by least squares so that the recurrent branch best explains `target − local(x)`: `⟨y,t⟩/⟨y,y⟩` with `y` the recurrence's
+///   output before gain and gate (a new head's gate is 1), repeated for the head's channels; 1 where `y` is 0. Both branches are weighed where dropped tokens are.
+pub fn fit(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_>) -> Vec<(usize, Vec<f32>)> {
     let layout = &env.layout;
     match layout.spec.recurrent {
         RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => {}
-        RecurrentKind::None | RecurrentKind::Mamba => return None,
+        RecurrentKind::None | RecurrentKind::Mamba => return Vec::new(),
     }
     let ctx = Ctx::new(exec, env, x);
     let HeadDims { q_heads, head_dim, .. } = layout.dims;
@@ -109,32 +113,52 @@ pub fn fit_gain(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_
     assert_eq!((target.rows(), target.cols()), (seq, d_inner), "target shape");
     let w = QkvTensors::new(layout, env.weights.values.iter().copied());
     let raw = Projections::of_head(&w).forward(&ctx);
-    let mut local_out = vec![0.0; seq * d_inner];
+    let mut kept = vec![0.0; seq * d_inner];
     let mut cache = layout.new_cache();
+    let mut fitted = Vec::new();
+    let mut keep = vec![1.0; seq * q_heads];
     if layout.has_local() {
-        let out = MatMut::dense(&mut local_out, seq, d_inner);
+        let out = MatMut::dense(&mut kept, seq, d_inner);
         let rotated = local::rotated(&ctx, &raw, 0);
-        local::forward(&ctx, &rotated, &raw.v, &mut cache, out);
+        let lse = local::forward(&ctx, &rotated, &raw.v, &mut cache, out);
+        if let (Some(far), Some(lse)) = (&w.far, lse) {
+            let total = local::log_denominators(&ctx, &rotated, &raw.v);
+            let mut logits = Linear::new(far.proj, None).forward(&ctx, x, q_heads);
+            let [bias, count] = weighed::fit(&ctx, &logits, &lse, &total);
+            elementwise::add_bias(exec, &bias, &mut logits);
+            keep = weighed::keep(&ctx, 0, ctx.per_head(&logits), &count, ctx.per_head(&lse));
+            kept.chunks_exact_mut(head_dim)
+                .zip(&keep)
+                .for_each(|(row, keep)| row.iter_mut().for_each(|x| *x *= keep));
+            fitted.extend([("far_proj.bias", bias), ("far_count", count)]);
+        }
     }
     let decays = layout.decays();
     let dt = Linear::new(w.dt, Some(w.dt_bias)).forward(&ctx, x, decays);
     let input = Linear::new(w.input, Some(w.input_bias)).forward(&ctx, x, decays);
     let (raw, rates) = (raw.view(seq, layout.dims), [&dt, &input].map(|x| MatRef::dense(x, seq, decays)));
-    let y = qkv::recurrence(&ctx, &w, raw, rates, &mut cache, Form::Chunked).y;
+    let mut y = qkv::recurrence(&ctx, &w, raw, rates, &mut cache, Form::Chunked).y;
+    if layout.weighs() {
+        let heads = y.chunks_exact_mut(head_dim).zip(&keep);
+        heads.for_each(|(row, keep)| row.iter_mut().for_each(|y| *y *= 1.0 - keep));
+    }
     let mut gain = Vec::with_capacity(d_inner);
     let mut rest = vec![0.0; head_dim];
     for head in 0..q_heads {
         let (mut explained, mut power) = (0.0, 0.0);
         for t in 0..seq {
             let from = t * d_inner + head * head_dim;
-            let (y, local) = (&y[from..from + head_dim], &local_out[from..from + head_dim]);
+            let (y, kept) = (&y[from..from + head_dim], &kept[from..from + head_dim]);
             let target = &target.row(t)[head * head_dim..(head + 1) * head_dim];
-            rest.iter_mut().zip(target).zip(local).for_each(|((r, t), l)| *r = t - l);
+            rest.iter_mut().zip(target).zip(kept).for_each(|((r, t), kept)| *r = t - kept);
             explained += elementwise::dot(y, &rest);
             power += elementwise::dot(y, y);
         }
         let fitted = if power > 0.0 { (explained / power) as f32 } else { 1.0 };
         gain.extend(std::iter::repeat_n(fitted, head_dim));
     }
-    Some(gain)
+    fitted.push(("out_gain", gain));
+    let tensors = layout.tensors();
+    let index = |name| tensors.iter().position(|t| t.name == name).expect("a tensor of this layout");
+    fitted.into_iter().map(|(name, values)| (index(name), values)).collect()
 }

@@ -59,6 +59,8 @@ pub(super) enum RecurrentInputs<T> {
         dt: T,
         /// `in_scale` or `beta` logits, `[T, decays]`.
         input: T,
+        /// Estimated log weight of dropped tokens but for their number, `[T, G]`, where they are weighed.
+        far: Option<T>,
     },
 }
 
@@ -74,9 +76,12 @@ impl RecurrentInputs<Vec<f32>> {
         match self {
             Self::None => RecurrentInputs::None,
             Self::Mamba { u, z } => RecurrentInputs::Mamba { u: rows(u, seq), z: rows(z, seq) },
-            Self::Qkv { gate, dt, input } => {
-                RecurrentInputs::Qkv { gate: rows(gate, seq), dt: rows(dt, seq), input: rows(input, seq) }
-            }
+            Self::Qkv { gate, dt, input, far } => RecurrentInputs::Qkv {
+                gate: rows(gate, seq),
+                dt: rows(dt, seq),
+                input: rows(input, seq),
+                far: far.as_ref().map(|far| rows(far, seq)),
+            },
         }
     }
 }
@@ -106,14 +111,18 @@ impl HeadLayout {
                     RecurrentKind::Mamba2 => ("in_scale.weight", "in_scale.bias"),
                     _ => ("beta_proj.weight", "beta_proj.bias"),
                 };
-                return vec![
+                let far = self.weighs().then(|| own("far_proj.weight", Some("far_proj.bias"), 0, q_heads));
+                let first = [
                     own("gate_proj.weight", None, 0, d_inner),
                     own("dt_proj.weight", Some("dt_proj.bias"), 0, decays),
                     own(input, Some(input_bias), 0, decays),
+                ];
+                let last = [
                     own("q_proj.weight", bias("q_proj.bias"), 0, d_inner),
                     own("k_proj.weight", bias("k_proj.bias"), 0, head_dim),
                     own("v_proj.weight", bias("v_proj.bias"), 0, head_dim),
                 ];
+                return first.into_iter().chain(far).chain(last).collect();
             }
         };
         if self.has_local() {
@@ -134,7 +143,8 @@ impl<'a> HeadInputs<'a> {
             RecurrentKind::None => RecurrentInputs::None,
             RecurrentKind::Mamba => RecurrentInputs::Mamba { u: next(), z: next() },
             RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => {
-                RecurrentInputs::Qkv { gate: next(), dt: next(), input: next() }
+                let (gate, dt, input) = (next(), next(), next());
+                RecurrentInputs::Qkv { gate, dt, input, far: layout.weighs().then(&mut next) }
             }
         };
         let has_qkv = layout.has_local() || matches!(recurrent, RecurrentInputs::Qkv { .. });
@@ -160,6 +170,9 @@ impl Projected {
                 gate: Linear::new(w.gate, None).forward(ctx, x, d_inner),
                 dt: Linear::new(w.dt, Some(w.dt_bias)).forward(ctx, x, decays),
                 input: Linear::new(w.input, Some(w.input_bias)).forward(ctx, x, decays),
+                far: w.far.as_ref().map(|far| {
+                    Linear::new(far.proj, Some(far.bias)).forward(ctx, x, ctx.env.layout.dims.q_heads)
+                }),
             },
         };
         Self { qkv: ctx.shared_projections(weights).map(|p| p.forward(ctx)), recurrent }

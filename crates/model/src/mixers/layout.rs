@@ -49,7 +49,7 @@ impl HeadLayout {
         let ring = 2 * self.ring_entries() * self.dims.head_dim;
         let per_value = if kv_type == KvType::F32 { 4 } else { 2 };
         let dropped = match self.spec.dropped {
-            Dropped::Forgotten => 0,
+            Dropped::Forgotten | Dropped::Weighed => 0,
             Dropped::Averaged => DroppedSums::bytes_for(self.dims.head_dim),
         };
         (tails + self.state_len()) * size_of::<f32>() + ring * per_value + dropped
@@ -112,6 +112,11 @@ impl HeadLayout {
         self.spec.window > 0
     }
 
+    /// Whether the recurrence is weighed against the window.
+    pub(crate) fn weighs(&self) -> bool {
+        self.spec.dropped == Dropped::Weighed
+    }
+
     fn qkv_tensors(&self) -> Vec<HeadTensorInfo> {
         let HeadDims { d_model, q_heads, head_dim, qkv_bias } = self.dims;
         let (d_inner, d_conv, decays) = (self.d_inner(), self.spec.d_conv, self.decays());
@@ -140,6 +145,11 @@ impl HeadLayout {
         }
         list.push(new("gate_proj.weight", &[d_inner, d_model]));
         list.push(new("out_gain", &[d_inner]));
+        if self.weighs() {
+            list.push(new("far_proj.weight", &[q_heads, d_model]));
+            list.push(new("far_proj.bias", &[q_heads]));
+            list.push(new("far_count", &[q_heads]));
+        }
         list
     }
 
@@ -187,6 +197,14 @@ pub(super) struct QkvTensors<T> {
     pub d_skip: Option<T>,
     pub gate: T,
     pub gain: T,
+    pub far: Option<FarTensors<T>>,
+}
+
+/// What estimates the weight of dropped tokens.
+pub(super) struct FarTensors<T> {
+    pub proj: T,
+    pub bias: T,
+    pub count: T,
 }
 
 impl<T> QkvTensors<T> {
@@ -213,6 +231,7 @@ impl<T> QkvTensors<T> {
             d_skip: (layout.spec.recurrent == RecurrentKind::Mamba2).then(&mut next),
             gate: next(),
             gain: next(),
+            far: layout.weighs().then(|| FarTensors { proj: next(), bias: next(), count: next() }),
         };
         assert!(tensors.next().is_none(), "more tensors than the head's layout lists");
         named

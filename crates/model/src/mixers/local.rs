@@ -21,19 +21,20 @@ pub(super) struct LocalSaved {
 }
 
 /// Overwrites `out` with the attention of a chunk that continues the sequence of `cache`, and updates its ring and sums; queries and keys are
-/// rotated.
+/// rotated. Returns the log denominators `[T, G]` where dropped tokens are averaged or weighed.
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     (q, k): &(Vec<f32>, Vec<f32>),
     v: &[f32],
     cache: &mut HeadCache,
     mut out: MatMut<'_>,
-) {
+) -> Option<Vec<f32>> {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
     let (seq, seen) = (ctx.seq, cache.seen);
     let (keys, values) = cache.ring.followed_by(seen, k, v);
     let kv_pos: Vec<usize> = cache.ring.positions(seen).chain(seen..seen + seq).collect();
-    let mut lse = cache.dropped.as_ref().map(|_| vec![0.0; seq * q_heads]);
+    let forgotten = ctx.env.layout.spec.dropped == Dropped::Forgotten;
+    let mut lse = (!forgotten).then(|| vec![0.0; seq * q_heads]);
     attention(
         ctx.exec,
         shape(ctx),
@@ -51,6 +52,7 @@ pub(super) fn forward(
         merge(ctx, &means, q, out, lse);
     }
     cache.ring.push(seen, MatRef::dense(k, seq, head_dim), MatRef::dense(v, seq, head_dim));
+    lse
 }
 
 /// Adds the compensation tokens to the attention of a chunk.
@@ -96,12 +98,37 @@ pub(super) fn forward_train(ctx: &Ctx<'_>, raw: &Qkv, mut out: MatMut<'_>) -> Lo
     LocalSaved { q, k, out: dense, lse, means }
 }
 
-/// Adds to `d_raw`, and to the wanted norm gradients.
+/// Log denominators `[T, G]` of causal attention to everything, of a sequence from its start.
+pub(super) fn log_denominators(ctx: &Ctx<'_>, (q, k): &(Vec<f32>, Vec<f32>), v: &[f32]) -> Vec<f32> {
+    let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
+    let (seq, d_inner) = (ctx.seq, q_heads * head_dim);
+    let (mut out, mut lse) = (vec![0.0; seq * d_inner], vec![0.0; seq * q_heads]);
+    attention(
+        ctx.exec,
+        shape(ctx),
+        AttnMask::Causal { q_pos0: 0 },
+        MatRef::dense(q, seq, d_inner),
+        MatRef::dense(k, seq, head_dim),
+        MatRef::dense(v, seq, head_dim),
+        MatMut::dense(&mut out, seq, d_inner),
+        Some(&mut lse),
+    );
+    lse
+}
+
+impl LocalSaved {
+    /// The branch's output, dense `[T, G·D]`, and the log denominators `[T, G]`.
+    pub fn attended(&self) -> (&[f32], &[f32]) {
+        (&self.out, &self.lse)
+    }
+}
+
+/// Adds to `d_raw`, and to the wanted norm gradients; from those of the output and, where they are read, of the log denominators.
 pub(super) fn backward(
     ctx: &Ctx<'_>,
     raw: &Qkv,
     saved: &LocalSaved,
-    dout: &[f32],
+    (dout, dlse): (&[f32], Option<&[f32]>),
     d_raw: &mut Qkv,
     base_grads: Option<&mut BaseGroupGrads>,
 ) {
@@ -116,6 +143,7 @@ pub(super) fn backward(
         out: MatRef::dense(&saved.out, seq, d_inner),
         lse: &saved.lse,
         dout: MatRef::dense(dout, seq, d_inner),
+        dlse,
     };
     attention_backward(ctx.exec, shape(ctx), mask(ctx, 0, &kv_pos), inputs, &mut dq, &mut dk, &mut d_raw.v);
     if let Some(means) = &saved.means {

@@ -32,7 +32,7 @@ impl HeadCache {
             state: vec![0.0; layout.state_len()],
             ring: Ring::new(layout.spec.window, layout.spec.sinks, layout.dims.head_dim, kv_type),
             dropped: match layout.spec.dropped {
-                Dropped::Forgotten => None,
+                Dropped::Forgotten | Dropped::Weighed => None,
                 Dropped::Averaged => Some(DroppedSums::new(layout.dims.head_dim)),
             },
         }

@@ -4,7 +4,10 @@
 //! Dimensions of a group: `G` query heads, `D` head_dim, `M` d_model, `K` d_conv, `N` d_state, `T` tokens. `x` is `[T, M]`, the layer input
 //! after the norm; the output `[T, G·D]` goes through the original W_O. Query head `h` owns rows/columns `h·D..(h+1)·D`.
 //!
-//! `y = local(x) + recurrent(x)`
+//! `y = local(x) + recurrent(x)`, or `keep ⊙ local(x) + (1 − keep) ⊙ recurrent(x)` where dropped tokens are weighed (`MixerSpec::dropped`): per
+//! token and query head `keep = σ(lse − x W_farᵀ − b_far − far_count · ln N)`, with `lse` the log of the window's softmax denominator and `N` the
+//! number of positions that the window drops; 1 while it drops none. Their tensors follow the others: `far_proj.weight [G, M]`,
+//! `far_proj.bias [G]`, `far_count [G]`.
 //!
 //! **Local** (window > 0): softmax attention over the last `window` tokens and the first `sinks`, RoPE and q/k norm as in the base,
 //! scale `1/sqrt(D)`. For `mamba2` and `gated-delta` it uses the head's own q, k, v (before the conv); for `mamba` and `none` the base group's.
@@ -44,8 +47,9 @@ mod qkv;
 mod step;
 #[cfg(test)]
 mod tests;
+mod weighed;
 
-pub use init::{fit_gain, init};
+pub use init::{fit, init};
 pub use inputs::{HeadInputs, ProjectionInfo, ProjectionSource};
 pub use memory::HeadCache;
 pub use step::{StepInputs, StepScratch, StepWeights};
@@ -58,9 +62,9 @@ use local::LocalSaved;
 use mamba::{MambaSaved, Scanned};
 #[cfg(test)]
 use memory::Ring;
-pub use projection::LayerInput;
+pub use projection::{BaseGroup, BaseGroupGrads, LayerInput};
 use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, QkvRef, reborrow};
-use qkv::{Form, QkvSaved, Rates, Recurred};
+use qkv::{Form, QkvSaved, Rates, Recurred, WindowGrads};
 
 /// Epsilon inside the root of the q/k L2 normalisation.
 pub const L2_EPS: f32 = 1e-6;
@@ -132,50 +136,6 @@ pub struct HeadLayout {
     pub spec: MixerSpec,
     /// Its sizes.
     pub dims: HeadDims,
-}
-
-/// The base group's projection rows and norms.
-#[derive(Clone, Copy, Debug)]
-pub struct BaseGroup<'a> {
-    /// `[G·D, M]`.
-    pub q_proj: &'a [f32],
-    /// `[D, M]`.
-    pub k_proj: &'a [f32],
-    /// `[D, M]`.
-    pub v_proj: &'a [f32],
-    /// `[G·D]`.
-    pub q_bias: Option<&'a [f32]>,
-    /// `[D]`.
-    pub k_bias: Option<&'a [f32]>,
-    /// `[D]`.
-    pub v_bias: Option<&'a [f32]>,
-    /// `[D]`, RMS norm of each query head before RoPE (Qwen3).
-    pub q_norm: Option<&'a [f32]>,
-    /// `[D]`, likewise for keys.
-    pub k_norm: Option<&'a [f32]>,
-    /// Epsilon of those norms.
-    pub norm_eps: f32,
-}
-
-/// Gradients of [`BaseGroup`]'s tensors that a head reads; same shapes, added to. `None`: not wanted.
-#[derive(Debug, Default)]
-pub struct BaseGroupGrads {
-    /// Of `q_proj`.
-    pub q_proj: Option<Vec<f32>>,
-    /// Of `k_proj`.
-    pub k_proj: Option<Vec<f32>>,
-    /// Of `v_proj`.
-    pub v_proj: Option<Vec<f32>>,
-    /// Of `q_bias`.
-    pub q_bias: Option<Vec<f32>>,
-    /// Of `k_bias`.
-    pub k_bias: Option<Vec<f32>>,
-    /// Of `v_bias`.
-    pub v_bias: Option<Vec<f32>>,
-    /// Of `q_norm`.
-    pub q_norm: Option<Vec<f32>>,
-    /// Of `k_norm`.
-    pub k_norm: Option<Vec<f32>>,
 }
 
 /// Everything a head's passes read besides `x`.
@@ -256,6 +216,11 @@ impl<'a> Ctx<'a> {
         }
     }
 
+    /// Dense `[T, G]`.
+    fn per_head<'b>(&self, values: &'b [f32]) -> MatRef<'b> {
+        MatRef::dense(values, self.seq, self.env.layout.dims.q_heads)
+    }
+
     fn check_output(&self, rows: usize, cols: usize) {
         assert_eq!((rows, cols), (self.seq, self.env.layout.d_inner()), "shape of a head's output");
     }
@@ -270,16 +235,20 @@ pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCa
     }
     let weights = ctx.weights();
     let Projected { qkv, recurrent } = Projected::new(&ctx, &weights);
-    match &qkv {
+    let lse = match &qkv {
         Some(raw) if env.layout.has_local() => {
             let rotated = local::rotated(&ctx, raw, cache.seen);
-            local::forward(&ctx, &rotated, &raw.v, cache, out.reborrow());
+            local::forward(&ctx, &rotated, &raw.v, cache, out.reborrow())
         }
-        _ => fill_zero(&mut out),
-    }
+        _ => {
+            fill_zero(&mut out);
+            None
+        }
+    };
     let qkv = qkv.as_ref().map(|raw| raw.view(ctx.seq, env.layout.dims));
     let inputs = HeadInputs { qkv, recurrent: recurrent.view(ctx.seq) };
-    recur(&ctx, &weights, inputs, cache, Form::of(ctx.seq), &mut out);
+    let lse = lse.as_ref().map(|lse| ctx.per_head(lse));
+    recur(&ctx, &weights, inputs, lse, cache, Form::of(ctx.seq), &mut out);
     cache.seen += ctx.seq;
 }
 
@@ -297,19 +266,21 @@ pub fn attend_projected(
     local::forward(&ctx, &(q.to_dense(), k.to_dense()), &v.to_dense(), cache, out);
 }
 
-/// Adds the recurrent branch of [`forward`] to `out`, from finished projections, and advances everything in `cache` but the window, which the
-/// caller [has updated](HeadCache::remember). Of `env`'s tensors only those are read that are no projection of `x`; the others may be empty.
+/// Brings the recurrent branch of [`forward`] into `out`, where the local one is, from finished projections, and advances everything in `cache`
+/// but the window, which the caller [has updated](HeadCache::remember). `lse` are the window's log denominators `[T, G]`, read where dropped tokens
+/// are [weighed](crate::plan::Dropped::Weighed). Of `env`'s tensors only those are read that are no projection of `x`; the others may be empty.
 pub fn recur_projected(
     exec: &Exec,
     env: &HeadEnv<'_>,
     inputs: HeadInputs<'_>,
+    lse: Option<MatRef<'_>>,
     cache: &mut HeadCache,
     mut out: MatMut<'_>,
 ) {
     let ctx = Ctx::projected(exec, env, out.rows());
     ctx.check_output(out.rows(), out.cols());
     if ctx.seq > 0 {
-        recur(&ctx, &ctx.weights(), inputs, cache, Form::of(ctx.seq), &mut out);
+        recur(&ctx, &ctx.weights(), inputs, lse, cache, Form::of(ctx.seq), &mut out);
         cache.seen += ctx.seq;
     }
 }
@@ -338,7 +309,8 @@ pub fn forward_train<'a>(
     let mut cache = env.layout.new_cache();
     let qkv = raw.as_ref().map(|raw| raw.view(ctx.seq, env.layout.dims));
     let inputs = HeadInputs { qkv, recurrent: recurrent.view(ctx.seq) };
-    let made = recur(&ctx, &weights, inputs, &mut cache, Form::Chunked, &mut out);
+    let lse = local.as_ref().map(|local| ctx.per_head(local.attended().1));
+    let made = recur(&ctx, &weights, inputs, lse, &mut cache, Form::Chunked, &mut out);
     let recurrent = match (made, recurrent) {
         (Made::None, _) => RecurrentSaved::None,
         (Made::Mamba(scanned), RecurrentInputs::Mamba { u, z }) => {
@@ -359,11 +331,12 @@ enum Made {
     Qkv(Recurred),
 }
 
-/// Adds the recurrent branch to `out`; advances all of `cache` but ring and length.
+/// Brings the recurrent branch into `out`; advances all of `cache` but ring and length.
 fn recur(
     ctx: &Ctx<'_>,
     weights: &NamedTensors<&[f32]>,
     inputs: HeadInputs<'_>,
+    lse: Option<MatRef<'_>>,
     cache: &mut HeadCache,
     form: Form,
     out: &mut MatMut<'_>,
@@ -373,8 +346,11 @@ fn recur(
         (NamedTensors::Mamba(w), RecurrentInputs::Mamba { u, z }, _) => {
             Made::Mamba(mamba::forward(ctx, w, [u, z], cache, form, out))
         }
-        (NamedTensors::Qkv(w), RecurrentInputs::Qkv { gate, dt, input }, Some(raw)) => {
-            let logits = qkv::Logits { gate, dt, input };
+        (NamedTensors::Qkv(w), RecurrentInputs::Qkv { gate, dt, input, far }, Some(raw)) => {
+            let far = far.map(|far| {
+                [far, lse.expect("the log denominators of a window whose dropped tokens are weighed")]
+            });
+            let logits = qkv::Logits { gate, dt, input, far };
             Made::Qkv(qkv::forward(ctx, w, raw, logits, cache, form, out))
         }
         _ => panic!("projections of another kind of head"),
@@ -402,6 +378,7 @@ pub fn backward<'a>(
     let weights = ctx.weights();
     let mut grads = grads.map(|g| NamedTensors::new(&env.layout, g.values.iter_mut().map(Vec::as_mut_slice)));
     let mut d_raw = Qkv::zeros(ctx.seq, env.layout.dims);
+    let mut window_grads = None;
     match (&weights, &saved.recurrent) {
         (NamedTensors::Mamba(w), RecurrentSaved::Mamba(saved)) => {
             let grads = grads.as_mut().and_then(NamedTensors::as_mamba);
@@ -410,7 +387,9 @@ pub fn backward<'a>(
         (NamedTensors::Qkv(w), RecurrentSaved::Qkv(recurrent)) => {
             let raw = saved.raw.as_ref().expect("a q/k/v recurrence has projections");
             let grads = grads.as_mut().and_then(NamedTensors::as_qkv);
-            qkv::backward(&ctx, w, raw, recurrent, &dout, &mut d_raw, grads, reborrow(&mut dx));
+            let window = saved.local.as_ref().map(|local| local.attended().0);
+            let dout = (&dout[..], window);
+            window_grads = qkv::backward(&ctx, w, raw, recurrent, dout, &mut d_raw, grads, reborrow(&mut dx));
         }
         (NamedTensors::None, RecurrentSaved::None) => {}
         _ => panic!("activations of another kind of head"),
@@ -418,7 +397,11 @@ pub fn backward<'a>(
     let own = matches!(weights, NamedTensors::Qkv(_));
     let local_wanted = dx.is_some() || base_grads.is_some() || (own && grads.is_some());
     if let (Some(raw), Some(local), true) = (&saved.raw, &saved.local, local_wanted) {
-        local::backward(&ctx, raw, local, &dout, &mut d_raw, base_grads.as_deref_mut());
+        let d_local = match &window_grads {
+            Some(WindowGrads { out, lse }) => (&out[..], Some(&lse[..])),
+            None => (&dout[..], None),
+        };
+        local::backward(&ctx, raw, local, d_local, &mut d_raw, base_grads.as_deref_mut());
     }
     if let Some(projections) = ctx.shared_projections(&weights) {
         let grads = if own {
@@ -455,16 +438,6 @@ impl<'a> NamedTensors<&'a mut [f32]> {
                 v: LinearGrads { weight: Some(g.v), bias: g.v_bias },
             }),
             _ => None,
-        }
-    }
-}
-
-impl BaseGroupGrads {
-    fn projections(&mut self) -> ProjectionGrads<'_> {
-        ProjectionGrads {
-            q: LinearGrads { weight: self.q_proj.as_deref_mut(), bias: self.q_bias.as_deref_mut() },
-            k: LinearGrads { weight: self.k_proj.as_deref_mut(), bias: self.k_bias.as_deref_mut() },
-            v: LinearGrads { weight: self.v_proj.as_deref_mut(), bias: self.v_bias.as_deref_mut() },
         }
     }
 }

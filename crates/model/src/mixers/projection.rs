@@ -1,8 +1,63 @@
-//! Linear layers of a head, what they read, and the q, k, v projections that its two branches share.
+//! Linear layers of a head, what they read, the base group's, and the q, k, v projections that a head's two branches share.
 
-use super::{BaseGroup, Ctx, HeadDims, QkvTensors};
+use super::{Ctx, HeadDims, QkvTensors};
 use kernels::packed::Shared;
 use kernels::{MatMut, MatRef, Store, Trans, elementwise, mixed_gemm};
+
+/// The base group's projection rows and norms.
+#[derive(Clone, Copy, Debug)]
+pub struct BaseGroup<'a> {
+    /// `[G·D, M]`.
+    pub q_proj: &'a [f32],
+    /// `[D, M]`.
+    pub k_proj: &'a [f32],
+    /// `[D, M]`.
+    pub v_proj: &'a [f32],
+    /// `[G·D]`.
+    pub q_bias: Option<&'a [f32]>,
+    /// `[D]`.
+    pub k_bias: Option<&'a [f32]>,
+    /// `[D]`.
+    pub v_bias: Option<&'a [f32]>,
+    /// `[D]`, RMS norm of each query head before RoPE (Qwen3).
+    pub q_norm: Option<&'a [f32]>,
+    /// `[D]`, likewise for keys.
+    pub k_norm: Option<&'a [f32]>,
+    /// Epsilon of those norms.
+    pub norm_eps: f32,
+}
+
+/// Gradients of [`BaseGroup`]'s tensors that a head reads; same shapes, added to. `None`: not wanted.
+#[derive(Debug, Default)]
+pub struct BaseGroupGrads {
+    /// Of `q_proj`.
+    pub q_proj: Option<Vec<f32>>,
+    /// Of `k_proj`.
+    pub k_proj: Option<Vec<f32>>,
+    /// Of `v_proj`.
+    pub v_proj: Option<Vec<f32>>,
+    /// Of `q_bias`.
+    pub q_bias: Option<Vec<f32>>,
+    /// Of `k_bias`.
+    pub k_bias: Option<Vec<f32>>,
+    /// Of `v_bias`.
+    pub v_bias: Option<Vec<f32>>,
+    /// Of `q_norm`.
+    pub q_norm: Option<Vec<f32>>,
+    /// Of `k_norm`.
+    pub k_norm: Option<Vec<f32>>,
+}
+
+impl BaseGroupGrads {
+    /// Those of its projections.
+    pub(super) fn projections(&mut self) -> ProjectionGrads<'_> {
+        ProjectionGrads {
+            q: LinearGrads { weight: self.q_proj.as_deref_mut(), bias: self.q_bias.as_deref_mut() },
+            k: LinearGrads { weight: self.k_proj.as_deref_mut(), bias: self.k_bias.as_deref_mut() },
+            v: LinearGrads { weight: self.v_proj.as_deref_mut(), bias: self.v_bias.as_deref_mut() },
+        }
+    }
+}
 
 /// What a linear layer reads, `[rows, cols]`, with its rounded forms where somebody made them for several layers at once.
 #[derive(Clone, Copy, Debug)]

@@ -4,10 +4,11 @@
 use super::L2_EPS;
 use super::{
     Ctx, HeadCache, HeadDims, Linear, LinearGrads, Qkv, QkvRef, QkvTensors, gated_delta, mamba2, reborrow,
+    weighed,
 };
 use crate::plan::RecurrentKind;
 use kernels::conv::{short_conv, short_conv_backward, short_conv_unit};
-use kernels::gate::{add_gated, add_gated_backward};
+use kernels::gate::{add_gated, add_gated_backward, blend_gated, blend_gated_backward};
 use kernels::{MatMut, MatRef, elementwise};
 
 /// Which form of the recurrence runs.
@@ -43,6 +44,8 @@ pub(super) struct Logits<'a> {
     pub dt: MatRef<'a>,
     /// `x W_inᵀ + b_in` or `x W_βᵀ + b_β`, `[T, decays]`.
     pub input: MatRef<'a>,
+    /// `x W_farᵀ + b_far` and the window's log denominators, `[T, G]` each, where dropped tokens are weighed.
+    pub far: Option<[MatRef<'a>; 2]>,
 }
 
 /// What the backward pass reads besides the raw projections.
@@ -56,6 +59,16 @@ pub(super) struct QkvSaved {
 pub(super) struct Recurred {
     rates: Rates,
     pub y: Vec<f32>,
+    /// The window's share `[T, G]`, where dropped tokens are weighed.
+    keep: Option<Vec<f32>>,
+}
+
+/// Gradients of what the window contributes to a blend.
+pub(super) struct WindowGrads {
+    /// Of its output, `[T, G·D]`.
+    pub out: Vec<f32>,
+    /// Of its log denominators, `[T, G]`.
+    pub lse: Vec<f32>,
 }
 
 /// Queries and keys right after the convs; queries and keys normalised, and values, as the recurrence reads them.
@@ -65,7 +78,7 @@ struct Mixed {
     unit: Qkv,
 }
 
-/// Adds the recurrent branch of a chunk to `out`.
+/// Adds the recurrent branch of a chunk to `out`, or blends it with what is there where dropped tokens are weighed.
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     w: &QkvTensors<&[f32]>,
@@ -75,8 +88,16 @@ pub(super) fn forward(
     form: Form,
     out: &mut MatMut<'_>,
 ) -> Recurred {
-    let recurred = recurrence(ctx, w, raw, [logits.dt, logits.input], cache, form);
-    add_gated(ctx.exec, &recurred.y, logits.gate, w.gain, out.reborrow());
+    let mut recurred = recurrence(ctx, w, raw, [logits.dt, logits.input], cache, form);
+    match (&w.far, logits.far) {
+        (Some(tensors), Some([far, lse])) => {
+            let keep = weighed::keep(ctx, cache.seen, far, tensors.count, lse);
+            blend_gated(ctx.exec, &recurred.y, logits.gate, w.gain, &keep, out.reborrow());
+            recurred.keep = Some(keep);
+        }
+        (None, None) => add_gated(ctx.exec, &recurred.y, logits.gate, w.gain, out.reborrow()),
+        _ => panic!("projections of another kind of head"),
+    }
     recurred
 }
 
@@ -102,26 +123,47 @@ pub(super) fn recurrence(
         }
         _ => mamba2::forward(ctx, w, &unit, &rates, &mut cache.state, form, &mut y),
     }
-    Recurred { rates, y }
+    Recurred { rates, y, keep: None }
 }
 
 /// From dense `dout` `[T, G·D]`: adds to `d_raw`, to `dx` through the rate and gate projections, and to `grads` (all but the q, k, v
-/// projections, which follow from `d_raw`).
+/// projections, which follow from `d_raw`). `window` is the window's output, dense. Returns the window's gradients where it does not simply get `dout`.
 pub(super) fn backward(
     ctx: &Ctx<'_>,
     w: &QkvTensors<&[f32]>,
     raw: &Qkv,
     saved: &QkvSaved,
-    dout: &[f32],
+    (dout, window): (&[f32], Option<&[f32]>),
     d_raw: &mut Qkv,
     mut grads: Option<&mut QkvTensors<&mut [f32]>>,
     mut dx: Option<MatMut<'_>>,
-) {
+) -> Option<WindowGrads> {
     let layout = &ctx.env.layout;
-    let Recurred { rates, y } = &saved.recurred;
+    let Recurred { rates, y, keep } = &saved.recurred;
     let (mut dy, mut dz) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
     let d_gain = grads.as_mut().map(|g| &mut *g.gain);
-    add_gated_backward(ctx.exec, [y, &saved.gate, dout], w.gain, [&mut dy, &mut dz], d_gain);
+    let window_grads = match (&w.far, keep) {
+        (Some(tensors), Some(keep)) => {
+            let window = window.expect("a window beside what it drops");
+            let (mut out, mut dkeep) = (vec![0.0; dout.len()], vec![0.0; keep.len()]);
+            let inputs = [y, &saved.gate, dout, window];
+            let outputs = [&mut dy[..], &mut dz, &mut out];
+            blend_gated_backward(ctx.exec, inputs, w.gain, keep, outputs, &mut dkeep, d_gain);
+            let mut far_grads = grads.as_mut().and_then(|g| g.far.as_mut());
+            let d_count = far_grads.as_mut().map(|g| &mut *g.count);
+            let (dfar, lse) = weighed::backward(ctx, keep, &dkeep, d_count);
+            let linear = match far_grads {
+                Some(g) => LinearGrads { weight: Some(&mut *g.proj), bias: Some(&mut *g.bias) },
+                None => LinearGrads::default(),
+            };
+            Linear::new(tensors.proj, None).backward(ctx, ctx.x, &dfar, linear, reborrow(&mut dx));
+            Some(WindowGrads { out, lse })
+        }
+        _ => {
+            add_gated_backward(ctx.exec, [y, &saved.gate, dout], w.gain, [&mut dy, &mut dz], d_gain);
+            None
+        }
+    };
     let gate_grads = LinearGrads { weight: grads.as_mut().map(|g| &mut *g.gate), bias: None };
     Linear::new(w.gate, None).backward(ctx, ctx.x, &dz, gate_grads, reborrow(&mut dx));
 
@@ -155,6 +197,7 @@ pub(super) fn backward(
     Linear::new(w.dt, None).backward(ctx, ctx.x, &d_rates.log_a, dt_grads, reborrow(&mut dx));
     Linear::new(w.input, None).backward(ctx, ctx.x, &d_rates.input, input_grads, dx);
     mix_backward(ctx, w, raw, &mixed, d_unit, d_raw, grads);
+    window_grads
 }
 
 /// What the recurrence reads, in the fewest passes; advances the conv tails.

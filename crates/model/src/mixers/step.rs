@@ -1,6 +1,7 @@
 //! One decoding step of a converted group without allocating: what [`forward`](super::forward) computes for one token.
 
-use super::{HeadCache, HeadDims, HeadLayout, HeadView, INPUT_SCALE_MAX, L2_EPS, QkvTensors};
+use super::merged::dropped_at;
+use super::{HeadCache, HeadDims, HeadLayout, HeadView, INPUT_SCALE_MAX, L2_EPS, QkvTensors, weighed};
 use crate::plan::RecurrentKind;
 use kernels::attention::window_step;
 use kernels::conv::{short_conv_step, short_conv_taps};
@@ -22,6 +23,8 @@ struct Recurrence {
     taps: [Vec<f32>; 3],
     d_skip: Vec<f32>,
     gain: Vec<f32>,
+    /// `far_count`; empty where dropped tokens are not weighed.
+    far_count: Vec<f32>,
 }
 
 /// One token's projections, biases included.
@@ -33,6 +36,8 @@ pub struct StepInputs<'a> {
     pub dt: &'a [f32],
     /// See `gate`.
     pub input: &'a [f32],
+    /// Estimated log weight of dropped tokens but for their number, `[G]`; empty where they are not weighed.
+    pub far: &'a [f32],
     /// `[G·D]`.
     pub q: &'a [f32],
     /// `[D]`.
@@ -57,6 +62,7 @@ pub struct StepScratch {
     keys: Vec<f32>,
     values: Vec<f32>,
     scores: Vec<f32>,
+    lse: Vec<f32>,
 }
 
 impl StepWeights {
@@ -70,7 +76,9 @@ impl StepWeights {
                 let d_conv = layout.spec.d_conv;
                 let taps =
                     [w.q_conv, w.k_conv, w.v_conv].map(|conv| short_conv_taps(conv, conv.len() / d_conv));
-                Some(Recurrence { taps, d_skip: w.d_skip.unwrap_or(&[]).to_vec(), gain: w.gain.to_vec() })
+                let d_skip = w.d_skip.unwrap_or(&[]).to_vec();
+                let far_count = w.far.map_or(Vec::new(), |far| far.count.to_vec());
+                Some(Recurrence { taps, d_skip, gain: w.gain.to_vec(), far_count })
             }
         };
         let scale = 1.0 / (layout.dims.head_dim as f32).sqrt();
@@ -86,9 +94,10 @@ impl StepWeights {
         scratch: &mut StepScratch,
         out: &mut [f32],
     ) {
-        let head_dim = self.layout.dims.head_dim;
+        let HeadDims { q_heads, head_dim, .. } = self.layout.dims;
         if self.layout.has_local() {
-            let StepScratch { keys, values, scores, .. } = scratch;
+            let StepScratch { keys, values, scores, lse, .. } = scratch;
+            lse.resize(q_heads, 0.0);
             let dropped = cache.drop_next();
             let row = |x| MatRef::dense(x, 1, head_dim);
             cache.ring.push(cache.seen, row(inputs.rotated_k), row(inputs.v));
@@ -99,7 +108,7 @@ impl StepWeights {
                 last_bias = (dropped as f32).ln();
             }
             let weights = (self.scale, last_bias);
-            window_step(exec, weights, inputs.rotated_q, keys, values, head_dim, scores, out);
+            window_step(exec, weights, inputs.rotated_q, keys, values, head_dim, scores, out, lse);
         } else {
             out.fill(0.0);
         }
@@ -119,7 +128,7 @@ impl StepWeights {
         out: &mut [f32],
     ) {
         let HeadDims { q_heads, head_dim, .. } = self.layout.dims;
-        let StepScratch { conv, unit, log_a, input, gate, y, .. } = scratch;
+        let StepScratch { conv, unit, log_a, input, gate, y, lse, .. } = scratch;
         let raw = [inputs.q, inputs.k, inputs.v];
         for (((raw, taps), tail), conv) in
             raw.into_iter().zip(&w.taps).zip(&mut cache.tails).zip(conv.iter_mut())
@@ -155,8 +164,19 @@ impl StepWeights {
         gate.clear();
         gate.extend_from_slice(inputs.gate);
         elementwise::sigmoid_in_place(exec, gate);
-        for (((out, y), gate), gain) in out.iter_mut().zip(&*y).zip(&*gate).zip(&w.gain) {
-            *out += 2.0 * gain * y * gate;
+        let recurred = y.iter().zip(&*gate).zip(&w.gain).map(|((y, gate), gain)| 2.0 * gain * y * gate);
+        if w.far_count.is_empty() {
+            out.iter_mut().zip(recurred).for_each(|(out, recurred)| *out += recurred);
+            return;
+        }
+        let spec = &self.layout.spec;
+        let dropped = dropped_at(spec.window, spec.sinks, cache.seen);
+        let heads = w.far_count.iter().zip(inputs.far).zip(&*lse);
+        let keep = heads.map(|((&count, &far), &lse)| weighed::keep_at(dropped, count, far, lse));
+        for ((out, recurred), keep) in
+            out.iter_mut().zip(recurred).zip(keep.flat_map(|keep| std::iter::repeat_n(keep, head_dim)))
+        {
+            *out = keep * *out + (1.0 - keep) * recurred;
         }
     }
 }

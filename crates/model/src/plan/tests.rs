@@ -149,6 +149,18 @@ fn mixer_ranges() {
     assert!(averaged.validate(8).is_ok());
     let unseen = MixerSpec { window: 0, sinks: 0, ..averaged };
     assert!(unseen.validate(8).unwrap_err().to_string().contains("has no window"));
+
+    for (recurrent, window, ok) in [
+        (Mamba2, 16, true),
+        (GatedDelta, 1, true),
+        (GatedDelta, 0, false),
+        (Mamba, 16, false),
+        (None, 16, false),
+    ] {
+        let spec = MixerSpec { dropped: Dropped::Weighed, ..MixerSpec::of(recurrent, window, 0, 8) };
+        assert_eq!(spec.can_weigh(), ok, "{spec}");
+        assert_eq!(spec.validate(8).is_ok(), ok, "{spec}");
+    }
 }
 
 #[test]
@@ -169,13 +181,15 @@ fn skipped_layers_convert_nothing_and_one_is_left() {
 }
 
 #[test]
-fn only_averaged_tokens_are_written_down() {
+fn only_tokens_that_count_are_written_down() {
     let mut plan = some_converted();
     assert!(!plan.to_json().contains("dropped"), "plans that forget look as they always did");
-    plan.mixer = plan.mixer.map(|mixer| MixerSpec { dropped: Dropped::Averaged, ..mixer });
-    assert!(plan.to_json().contains(r#""dropped": "averaged""#));
-    assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
-    let unknown = plan.to_json().replace("averaged", "kept");
+    for (dropped, name) in [(Dropped::Averaged, "averaged"), (Dropped::Weighed, "weighed")] {
+        plan.mixer = plan.mixer.map(|mixer| MixerSpec { dropped, ..mixer });
+        assert!(plan.to_json().contains(&format!(r#""dropped": "{name}""#)));
+        assert_eq!(HeadPlan::from_json(&plan.to_json(), &config()).unwrap(), plan);
+    }
+    let unknown = plan.to_json().replace("weighed", "kept");
     assert!(HeadPlan::from_json(&unknown, &config()).unwrap_err().to_string().contains("forgotten"));
 }
 
@@ -187,10 +201,15 @@ fn any_plan() -> impl Strategy<Value = HeadPlan> {
         Just(RecurrentKind::Mamba2),
         Just(RecurrentKind::GatedDelta)
     ];
-    let spec = (kind, 0usize..70_000, 0usize..5, 0usize..20, 0usize..10, any::<bool>()).prop_map(
-        |(recurrent, window, sinks, d_state, d_conv, averaged)| {
-            let dropped = if averaged { Dropped::Averaged } else { Dropped::Forgotten };
-            MixerSpec { recurrent, window, sinks, d_state, d_conv, dropped }
+    let dropped = prop_oneof![Just(Dropped::Forgotten), Just(Dropped::Averaged), Just(Dropped::Weighed)];
+    let spec = (kind, 0usize..70_000, 0usize..5, 0usize..20, 0usize..10, dropped).prop_map(
+        |(recurrent, window, sinks, d_state, d_conv, dropped)| MixerSpec {
+            recurrent,
+            window,
+            sinks,
+            d_state,
+            d_conv,
+            dropped,
         },
     );
     let group = (any::<bool>(), proptest::option::of(-1e9..1e9)).prop_map(|(converted, score)| GroupPlan {

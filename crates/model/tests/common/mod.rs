@@ -57,7 +57,7 @@ pub fn configs() -> Vec<ModelConfig> {
     vec![llama, qwen2, qwen3]
 }
 
-/// Every recurrent kind, with and without its local window.
+/// Every recurrent kind, with and without its local window, and every way of dropping tokens.
 pub fn specs(head_dim: usize) -> Vec<MixerSpec> {
     let spec = |recurrent, window, sinks, d_state, d_conv| MixerSpec {
         recurrent,
@@ -68,6 +68,7 @@ pub fn specs(head_dim: usize) -> Vec<MixerSpec> {
         dropped: Default::default(),
     };
     let averaged = |spec| MixerSpec { dropped: Dropped::Averaged, ..spec };
+    let weighed = |spec| MixerSpec { dropped: Dropped::Weighed, ..spec };
     vec![
         spec(RecurrentKind::None, 5, 2, 0, 0),
         spec(RecurrentKind::Mamba2, 4, 1, head_dim, 4),
@@ -79,6 +80,8 @@ pub fn specs(head_dim: usize) -> Vec<MixerSpec> {
         averaged(spec(RecurrentKind::None, 4, 1, 0, 0)),
         averaged(spec(RecurrentKind::GatedDelta, 3, 2, head_dim, 4)),
         averaged(spec(RecurrentKind::Mamba, 6, 0, 5, 4)),
+        weighed(spec(RecurrentKind::Mamba2, 4, 0, head_dim, 4)),
+        weighed(spec(RecurrentKind::GatedDelta, 5, 2, head_dim, 3)),
     ]
 }
 

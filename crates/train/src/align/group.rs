@@ -35,7 +35,6 @@ pub(super) struct Aligner<'a> {
     /// `G·D`.
     width: usize,
     pub groups: Vec<Vec<GroupTrainer>>,
-    gain: Option<usize>,
     scales: Vec<TensorClass>,
 }
 
@@ -53,8 +52,7 @@ struct GroupContext<'a> {
     base: &'a Model,
     layout: HeadLayout,
     width: usize,
-    gain: Option<usize>,
-    fit_gain: bool,
+    fit: bool,
 }
 
 impl<'a> Aligner<'a> {
@@ -85,7 +83,6 @@ impl<'a> Aligner<'a> {
             layout,
             width,
             groups,
-            gain: infos.iter().position(|t| t.name == "out_gain"),
             scales: infos.iter().map(|t| t.class).collect(),
         })
     }
@@ -107,8 +104,8 @@ impl<'a> Aligner<'a> {
         self.groups.into_iter().map(|layer| layer.into_iter().map(|g| g.weights).collect()).collect()
     }
 
-    fn context(&self, fit_gain: bool) -> GroupContext<'a> {
-        GroupContext { base: self.base, layout: self.layout, width: self.width, gain: self.gain, fit_gain }
+    fn context(&self, fit: bool) -> GroupContext<'a> {
+        GroupContext { base: self.base, layout: self.layout, width: self.width, fit }
     }
 
     fn layers_at_once(&self, exec: &Exec) -> usize {
@@ -116,11 +113,11 @@ impl<'a> Aligner<'a> {
         (TASKS_PER_THREAD * exec.threads()).div_ceil(per_layer).clamp(1, self.base.config.layers)
     }
 
-    /// Runs the base over `batch` and computes every group's error and gradient; with `fit_gain`, sets the gains first. Returns the mean
-    /// relative error per layer. Weights do not change (but for the gains).
-    pub fn accumulate(&mut self, exec: &Exec, batch: &TokenBatch, fit_gain: bool) -> Result<Vec<f64>> {
+    /// Runs the base over `batch` and computes every group's error and gradient; with `fit`, sets what is fitted first. Returns the mean
+    /// relative error per layer. Weights do not change but for those.
+    pub fn accumulate(&mut self, exec: &Exec, batch: &TokenBatch, fit: bool) -> Result<Vec<f64>> {
         let at_once = self.layers_at_once(exec);
-        let context = self.context(fit_gain);
+        let context = self.context(fit);
         let groups = &mut self.groups;
         let mut run = |layers: &[LayerInputs]| {
             let first = layers.first().map_or(0, |l| l.layer);
@@ -235,16 +232,12 @@ impl GroupTrainer {
                 dot(&products, &o)
             })
             .sum();
-        if let Some(gain) = context.gain.filter(|_| context.fit_gain) {
+        if context.fit {
             let longest = inputs.longest();
-            let fitted = mixers::fit_gain(
-                exec,
-                &context.env(inputs.layer, group, &self.weights),
-                inputs.x(longest).values,
-                target(longest),
-            );
-            if let Some(fitted) = fitted.filter(|f| f.iter().all(|v| v.is_finite())) {
-                self.weights.values[gain] = fitted;
+            let env = context.env(inputs.layer, group, &self.weights);
+            let fitted = mixers::fit(exec, &env, inputs.x(longest).values, target(longest));
+            if fitted.iter().flat_map(|(_, values)| values).all(|v| v.is_finite()) {
+                fitted.into_iter().for_each(|(tensor, values)| self.weights.values[tensor] = values);
             }
         }
         self.grads.values.iter_mut().for_each(|g| g.fill(0.0));

@@ -61,13 +61,21 @@ pub struct AlignOptions {
     pub metrics: Option<PathBuf>,
 }
 
+impl AlignOptions {
+    /// The scale of the copied projections' learning rate beside a window of this size: a window reads them too, and is exact as long as they do not
+    /// change; a head without one has nothing to lose.
+    pub fn projection_lr_scale_beside(window: usize) -> f32 {
+        if window > 0 { 0.05 } else { 0.5 }
+    }
+}
+
 impl Default for AlignOptions {
     fn default() -> Self {
         Self {
             tokens: 200_000,
             tokens_per_step: 1024,
             lr: 8e-3,
-            projection_lr_scale: 0.5,
+            projection_lr_scale: Self::projection_lr_scale_beside(1),
             warmup: 10,
             final_lr: 0.05,
             clip: 1.0,

@@ -96,16 +96,24 @@ pub struct HealOptions {
     pub resume: bool,
 }
 
+impl HealOptions {
+    /// The scale of the copied projections' learning rate beside a window of this size, smaller where the window reads them too: its part of
+    /// the head is the base's as long as they do not change.
+    pub fn projection_lr_scale_beside(window: usize) -> f32 {
+        if window > 0 { 0.03 } else { 0.3 }
+    }
+}
+
 impl Default for HealOptions {
     fn default() -> Self {
         Self {
-            stage: Stage::Distill { kl: 0.9, ce: 0.1 },
+            stage: Stage::Distill { kl: 1.0, ce: 0.0 },
             trainable: Trainable::Heads,
             tokens: 50_000,
             batch: 2,
             accumulate: 1,
             lr: 2e-3,
-            projection_lr_scale: 0.3,
+            projection_lr_scale: Self::projection_lr_scale_beside(1),
             base_lr_scale: 0.05,
             betas: (0.9, 0.95),
             weight_decay: 0.0,

@@ -1,4 +1,4 @@
-//! Starting values and the fitted gain.
+//! Starting values and what is fitted.
 
 use super::*;
 
@@ -46,7 +46,7 @@ fn attention_initialised_heads_start_from_the_base() {
         }
         assert!(get("out_gain").iter().all(|&g| g == 1.0));
         for (info, values) in fixture.layout.tensors().iter().zip(&start.values) {
-            let zero = ["dt_proj.weight", "in_scale.", "d_skip", "beta_proj.", "gate_proj."];
+            let zero = ["dt_proj.weight", "in_scale.", "d_skip", "beta_proj.", "gate_proj.", "far_"];
             if zero.iter().any(|z| info.name.starts_with(z)) {
                 assert!(values.iter().all(|&v| v == 0.0), "{}", info.name);
             }
@@ -87,7 +87,82 @@ fn a_head_without_recurrence_has_no_tensors() {
     let fixture = fixture(RecurrentKind::None);
     assert!(fixture.layout.tensors().is_empty());
     assert!(init(&fixture.layout, &fixture.env().base, &[], 0).values.is_empty());
-    assert_eq!(fit_gain(&exec(), &fixture.env(), fixture.x(), fixture.dout()), None);
+    assert!(fit(&exec(), &fixture.env(), fixture.x(), fixture.dout()).is_empty());
+}
+
+fn fitted_gain(fixture: &Fixture, target: MatRef<'_>) -> Vec<f32> {
+    let [(tensor, gain)] = &fit(&exec(), &fixture.env(), fixture.x(), target)[..] else {
+        panic!("one tensor")
+    };
+    assert_eq!(fixture.layout.tensors()[*tensor].name, "out_gain");
+    gain.clone()
+}
+
+#[test]
+fn a_head_that_weighs_is_fitted_to_the_true_weights() {
+    for kind in [RecurrentKind::Mamba2, RecurrentKind::GatedDelta] {
+        let case =
+            Case { kind, window: 4, sinks: 1, q_heads: 3, seq: 60, dressed: true, dropped: Dropped::Weighed };
+        let mut fixture = Fixture::new(case);
+        let (heads, dim, d_inner) = (3, fixture.layout.dims.head_dim, fixture.layout.d_inner());
+        let fitted = fit(&exec(), &fixture.env(), fixture.x(), fixture.dout());
+        let names: Vec<&str> = fitted.iter().map(|(i, _)| fixture.layout.tensors()[*i].name).collect();
+        assert_eq!(names, ["far_proj.bias", "far_count", "out_gain"]);
+
+        // The line minimises the weighted squared distance from the true log weights among slopes from 0 to 1.
+        let naive = fixture.naive();
+        let (_, lse) = naive.local();
+        let everything = Naive {
+            layout: HeadLayout { spec: MixerSpec { window: 1000, ..fixture.layout.spec }, ..fixture.layout },
+            ..naive.clone()
+        };
+        let (_, total) = everything.local();
+        let logits = naive.far_logits();
+        let error = |head: usize, bias: f64, count: f64| -> f64 {
+            let row = |t: usize| {
+                let share = 1.0 - (lse[t][head] - total[t][head]).exp();
+                let far = total[t][head] + share.ln();
+                share * (far - logits[t][head] - bias - count * ((t - 4) as f64).ln()).powi(2)
+            };
+            (5..60).map(row).sum()
+        };
+        for head in 0..heads {
+            let (bias, count) = (f64::from(fitted[0].1[head]), f64::from(fitted[1].1[head]));
+            assert!((0.0..=1.0).contains(&count));
+            let found = error(head, bias, count);
+            for (b, c) in [(1e-2, 0.0), (-1e-2, 0.0), (0.0, 1e-2), (0.0, -1e-2), (1e-2, -1e-2), (-1e-2, 1e-2)]
+            {
+                let slope = count + c;
+                assert!(
+                    !(0.0..=1.0).contains(&slope) || error(head, bias + b, slope) >= found,
+                    "{kind:?} {head}"
+                );
+            }
+        }
+
+        // With them, the gain makes the rest orthogonal to the recurrence.
+        for (tensor, values) in &fitted {
+            fixture.tensors.values[*tensor].clone_from(values);
+        }
+        let naive = fixture.naive();
+        let (local, lse) = naive.local();
+        let (y, gain) = (naive.recurrence(), &fitted[2].1);
+        for head in 0..heads {
+            let (mut along, mut power) = (0.0, 0.0);
+            for t in 0..60 {
+                let keep = naive.keep(t, head, lse[t][head]);
+                for c in head * dim..(head + 1) * dim {
+                    let y = (1.0 - keep) * y[t][c];
+                    let rest = f64::from(fixture.dout[t * d_inner + c])
+                        - keep * local[t][c]
+                        - f64::from(gain[c]) * y;
+                    along += rest * y;
+                    power += y * y;
+                }
+            }
+            assert!((along / power).abs() < OUTPUT_TOLERANCE, "{kind:?} head {head}");
+        }
+    }
 }
 
 #[test]
@@ -95,17 +170,17 @@ fn the_fitted_gain_recovers_the_gain_and_is_optimal() {
     for kind in [RecurrentKind::Mamba2, RecurrentKind::GatedDelta] {
         let fixture = fixture(kind);
         let naive = fixture.naive();
-        let (local, y) = (naive.local().concat(), naive.recurrence().concat());
+        let (local, y) = (naive.local().0.concat(), naive.recurrence().concat());
         let (d_inner, head_dim) = (fixture.layout.d_inner(), fixture.layout.dims.head_dim);
         let true_gain = |i: usize| [0.7, -1.5, 3.0][i % d_inner / head_dim];
         let target: Vec<f32> = (0..y.len()).map(|i| (local[i] + true_gain(i) * y[i]) as f32).collect();
         let target = MatRef::dense(&target, fixture.x().rows(), d_inner);
-        let gain = fit_gain(&exec(), &fixture.env(), fixture.x(), target).unwrap();
+        let gain = fitted_gain(&fixture, target);
         let expected: Vec<f64> = (0..d_inner).map(true_gain).collect();
         assert_near(&gain, &expected, OUTPUT_TOLERANCE, "gain");
 
         // Of any target: the rest is orthogonal to y.
-        let gain = fit_gain(&exec(), &fixture.env(), fixture.x(), fixture.dout()).unwrap();
+        let gain = fitted_gain(&fixture, fixture.dout());
         for head in 0..3 {
             let channels = (0..y.len()).filter(|i| i % d_inner / head_dim == head);
             let (mut along, mut power) = (0.0, 0.0);

@@ -79,14 +79,22 @@ impl Naive {
 
     /// `[T, G·D]`.
     pub fn output(&self) -> Vec<f64> {
-        let mut out = self.local();
+        let (mut out, lse) = self.local();
         let recurrent = match self.layout.spec.recurrent {
             RecurrentKind::None => vec![vec![0.0; self.heads() * self.dim()]; out.len()],
             RecurrentKind::Mamba => self.mamba(),
             RecurrentKind::Mamba2 | RecurrentKind::GatedDelta => self.gated(self.recurrence()),
         };
-        for (out, recurrent) in out.iter_mut().zip(recurrent) {
-            out.iter_mut().zip(recurrent).for_each(|(o, r)| *o += r);
+        for (t, (out, recurrent)) in out.iter_mut().zip(recurrent).enumerate() {
+            for (c, (o, r)) in out.iter_mut().zip(recurrent).enumerate() {
+                *o = match self.layout.spec.dropped {
+                    Dropped::Weighed => {
+                        let keep = self.keep(t, c / self.dim(), lse[t][c / self.dim()]);
+                        keep * *o + (1.0 - keep) * r
+                    }
+                    _ => *o + r,
+                };
+            }
         }
         out.concat()
     }
@@ -107,17 +115,34 @@ impl Naive {
         out
     }
 
-    pub fn local(&self) -> Rows {
+    /// `x W_farᵀ`, `[T, G]`.
+    pub fn far_logits(&self) -> Rows {
+        self.x_rows().iter().map(|x| linear(x, self.tensor("far_proj.weight"), &[])).collect()
+    }
+
+    /// The window's share of a head's softmax at token `t`.
+    pub fn keep(&self, t: usize, head: usize, lse: f64) -> f64 {
+        let spec = self.layout.spec;
+        let dropped = (0..=t).filter(|r| t - r >= spec.window && *r >= spec.sinks).count();
+        let far = self.far_logits()[t][head] + self.tensor("far_proj.bias")[head];
+        match dropped {
+            0 => 1.0,
+            _ => sigmoid(lse - far - self.tensor("far_count")[head] * (dropped as f64).ln()),
+        }
+    }
+
+    /// The local branch `[T, G·D]` and its log denominators `[T, G]`.
+    pub fn local(&self) -> (Rows, Rows) {
         let (heads, dim, spec) = (self.heads(), self.dim(), self.layout.spec);
         let x = self.x_rows();
         if spec.window == 0 {
-            return vec![vec![0.0; heads * dim]; x.len()];
+            return (vec![vec![0.0; heads * dim]; x.len()], vec![vec![f64::NEG_INFINITY; heads]; x.len()]);
         }
         let (q, k, v) = (self.projected(0), self.projected(1), self.projected(2));
         let k: Rows = k.iter().enumerate().map(|(t, k)| self.norm_rope(k, &self.base[7], t)).collect();
-        let mut out = Vec::new();
+        let (mut out, mut lse) = (Vec::new(), Vec::new());
         for t in 0..x.len() {
-            let mut row = Vec::new();
+            let (mut row, mut lse_row) = (Vec::new(), Vec::new());
             for head in q[t].chunks(dim) {
                 let q = self.norm_rope(head, &self.base[6], t);
                 let visible: Vec<usize> =
@@ -136,14 +161,16 @@ impl Naive {
                     0.0
                 };
                 let total: f64 = scores.iter().sum::<f64>() + weight;
+                lse_row.push(total.ln());
                 row.extend((0..dim).map(|c| {
                     let seen: f64 = visible.iter().zip(&scores).map(|(&r, s)| s * v[r][c]).sum();
                     (seen + if averaged { weight * mean(&v, c) } else { 0.0 }) / total
                 }));
             }
             out.push(row);
+            lse.push(lse_row);
         }
-        out
+        (out, lse)
     }
 
     /// `mamba2` or `gated-delta` before gain and gate.

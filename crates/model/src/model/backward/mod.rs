@@ -299,6 +299,7 @@ impl Model {
                     out: rows_of(part.out, rows.clone(), q_width),
                     lse: &part.lse[rows.start * shape.q_heads..rows.end * shape.q_heads],
                     dout: rows_of(&part.dout, rows.clone(), q_width),
+                    dlse: None,
                 };
                 let [q, kv] = [q_width, kv_width].map(|width| rows.start * width..rows.end * width);
                 let kv_pos: Vec<usize> = (0..rows.len()).collect();
