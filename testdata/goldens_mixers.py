@@ -14,7 +14,7 @@ from goldens_common import generator, save_json, save_tensors
 T, M, G, D, K = 33, 18, 3, 6, 4  # tokens, d_model, query heads, head_dim, conv taps
 MAMBA_STATE = 5
 L2_EPS, NORM_EPS, THETA = 1e-6, 1e-5, 100.0
-# name: (recurrent, window, sinks, biases and q/k norms in the base)
+# name: (recurrent, window, sinks, biases and q/k norms in the base, dropped tokens weighed)
 CASES = {
     "mamba": ("mamba", 0, 0, False),
     "mamba_local": ("mamba", 7, 2, False),
@@ -24,6 +24,7 @@ CASES = {
     "gated_delta": ("gated-delta", 0, 0, True),
     "gated_delta_local": ("gated-delta", 7, 1, False),
     "local": ("none", 7, 1, True),
+    "gated_delta_weighed": ("gated-delta", 5, 2, True, True),
 }
 
 
@@ -56,9 +57,18 @@ def local(group: Group, owner: str, x, window: int, sinks: int):
         q = rec.rms_norm(q, group.get("base.q_norm", D, scale=0.3, shift=1.0), NORM_EPS)
         k = rec.rms_norm(k, group.get("base.k_norm", D, scale=0.3, shift=1.0), NORM_EPS)
     frequencies = rec.inv_freq(D, THETA)
-    out, _ = rec.attention(rec.rope(q, frequencies), rec.rope(k, frequencies), v,
-                           rec.local_mask(x.shape[0], window, sinks), D ** -0.5)
-    return out.reshape(-1, G * D)
+    out, lse = rec.attention(rec.rope(q, frequencies), rec.rope(k, frequencies), v,
+                             rec.local_mask(x.shape[0], window, sinks), D ** -0.5)
+    return out.reshape(-1, G * D), lse
+
+
+def keep(group: Group, x, lse, window: int, sinks: int):
+    """The window's share of the whole softmax, [T, G · D]: 1 while it drops no token."""
+    dropped = (torch.arange(1, x.shape[0] + 1) - window - sinks).clamp(min=0).double()[:, None]
+    far = (x @ group.get("head.far_proj.weight", G, M, scale=M ** -0.5).T + group.get("head.far_proj.bias", G)
+           + group.get("head.far_count", G, scale=0.3, shift=0.5) * dropped.clamp(min=1).log())
+    share = torch.where(dropped > 0, torch.sigmoid(lse - far), torch.ones(()).double())
+    return share.repeat_interleave(D, dim=1)
 
 
 def conv_qkv(group: Group, x):
@@ -110,14 +120,19 @@ def mamba(group: Group, x):
 
 def make(root: Path) -> None:
     out, described = {}, {}
-    for index, (case, (recurrent, window, sinks, biased)) in enumerate(CASES.items()):
+    for index, (case, (recurrent, window, sinks, biased, *weighed)) in enumerate(CASES.items()):
         group = Group(400 + index, biased)
         x = group.get("x", T, M)
         branches = {"mamba": mamba, "mamba2": mamba2, "gated-delta": gated_delta}
         y = branches[recurrent](group, x) if recurrent in branches else 0.0
         if window:
             owner = "head" if recurrent in ("mamba2", "gated-delta") else "base"
-            y = y + local(group, owner, x, window, sinks)
+            attended, lse = local(group, owner, x, window, sinks)
+            if weighed:
+                share = keep(group, x, lse, window, sinks)
+                y = share * attended + (1 - share) * y
+            else:
+                y = y + attended
         cotangent = torch.randn(y.shape, generator=group.gen).double()
         gradients = torch.autograd.grad((y * cotangent).sum(), list(group.tensors.values()))
         out.update({f"{case}.out": y, f"{case}.cot": cotangent})
@@ -125,7 +140,8 @@ def make(root: Path) -> None:
             out[f"{case}.{name}"], out[f"{case}.grad.{name}"] = value, gradient
         d_state = {"mamba": MAMBA_STATE, "none": 0}.get(recurrent, D)
         described[case] = {"spec": {"recurrent": recurrent, "window": window, "sinks": sinks, "d_state": d_state,
-                                    "d_conv": 0 if recurrent == "none" else K},
+                                    "d_conv": 0 if recurrent == "none" else K,
+                                    **({"dropped": "weighed"} if weighed else {})},
                            "dims": {"d_model": M, "q_heads": G, "head_dim": D, "biased": biased},
                            "rope_theta": THETA, "norm_eps": NORM_EPS}
     data = root / "crates/model/tests/data"

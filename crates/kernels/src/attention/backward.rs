@@ -1,7 +1,7 @@
 //! The backward pass: weights are recomputed tile by tile from the saved log denominators.
 //!
-//! Tasks are (KV head, segment of query blocks); each sums `dk` and `dv` into its own buffer, and the buffers are added
-//! in a fixed order, so that the result does not depend on the number of threads.
+//! Tasks are (KV head, segment of query blocks); each sums `dk` and `dv` of the keys that its queries see into its own buffer, and the buffers are
+//! added in a fixed order, so that the result does not depend on the number of threads.
 
 use super::forward::pack_group;
 use super::mask::{TILE, Visible, positions_per_block};
@@ -9,19 +9,23 @@ use super::{AttnMask, AttnSaved, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use std::ops::Range;
 
 /// Tasks wanted in all; bounds the memory of the `dk` and `dv` buffers.
 const TASKS: usize = 16;
 
-/// The share of one task: every `segments`-th query block of a KV head (interleaved, because later ones see more keys).
+/// The share of one task: query blocks of a KV head. Under a causal mask every `segments`-th, because later ones see more keys; under a local one
+/// neighbours, which see the same keys.
 struct Share<'a> {
     kv_head: usize,
     /// First position of each block, with its `dq` rows `[group · head_dim]`.
     blocks: Vec<(usize, Vec<&'a mut [f32]>)>,
 }
 
-/// Gradients of one KV head's keys and values, `[kv_len, head_dim]` each.
+/// Gradients of some of one KV head's keys and values, `[keys, head_dim]` each.
 struct KvGradient {
+    /// Key rows that the buffers hold, one range after another, in order and apart.
+    ranges: Vec<Range<usize>>,
     dk: Vec<f32>,
     dv: Vec<f32>,
 }
@@ -39,11 +43,16 @@ pub(super) fn attention_backward(
     if q_len == 0 || kv_len == 0 {
         return;
     }
-    let segments = (TASKS / kv_heads).clamp(1, q_len.div_ceil(step));
+    let blocks = q_len.div_ceil(step);
+    let segments = (TASKS / kv_heads).clamp(1, blocks);
     let mut shares: Vec<Share<'_>> =
         (0..kv_heads * segments).map(|i| Share { kv_head: i / segments, blocks: Vec::new() }).collect();
     for (b, rows) in dq.chunks_mut(step * q_heads * head_dim).enumerate() {
-        let at = |kv_head: usize| kv_head * segments + b % segments;
+        let segment = match mask {
+            AttnMask::Causal { .. } => b % segments,
+            AttnMask::Local { .. } => b / blocks.div_ceil(segments),
+        };
+        let at = |kv_head: usize| kv_head * segments + segment;
         (0..kv_heads).for_each(|kv_head| shares[at(kv_head)].blocks.push((b * step, Vec::new())));
         for row in rows.chunks_mut(q_heads * head_dim) {
             for (kv_head, part) in row.chunks_mut(group * head_dim).enumerate() {
@@ -58,8 +67,10 @@ pub(super) fn attention_backward(
     for (i, gradient) in gradients.iter().enumerate() {
         let column = i / segments * head_dim;
         for (out, part) in [(&mut *dk, &gradient.dk), (&mut *dv, &gradient.dv)] {
-            for (row, part) in out.chunks_mut(kv_heads * head_dim).zip(part.chunks(head_dim)) {
-                row[column..][..head_dim].iter_mut().zip(part).for_each(|(x, y)| *x += y);
+            let rows = gradient.ranges.iter().cloned().flatten();
+            for (row, part) in rows.zip(part.chunks(head_dim)) {
+                let row = &mut out[row * kv_heads * head_dim + column..][..head_dim];
+                row.iter_mut().zip(part).for_each(|(x, y)| *x += y);
             }
         }
     }
@@ -67,8 +78,9 @@ pub(super) fn attention_backward(
 
 impl Share<'_> {
     fn run(self, exec: &Exec, shape: AttnShape, mask: AttnMask<'_>, saved: &AttnSaved<'_>) -> KvGradient {
-        let kv_values = saved.k.rows() * shape.head_dim;
-        let mut sums = KvGradient { dk: vec![0.0; kv_values], dv: vec![0.0; kv_values] };
+        let kv_len = saved.k.rows();
+        let tiles = self.blocks.iter().flat_map(|(first, dq)| mask.tiles(*first..first + dq.len(), kv_len));
+        let mut sums = KvGradient::new(tiles, shape.head_dim);
         let rows = positions_per_block(shape.group()) * shape.group();
         let mut scratch = [vec![0.0; rows * TILE], vec![0.0; rows * TILE]];
         for (first, dq) in self.blocks {
@@ -76,6 +88,35 @@ impl Share<'_> {
             block.run(exec, saved, &mut scratch, &mut sums, dq);
         }
         sums
+    }
+}
+
+impl KvGradient {
+    /// Zeros for every key of `tiles` (first row, rows).
+    fn new(tiles: impl Iterator<Item = (usize, usize)>, head_dim: usize) -> Self {
+        let mut tiles: Vec<Range<usize>> = tiles.map(|(start, rows)| start..start + rows).collect();
+        tiles.sort_by_key(|tile| tile.start);
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        for tile in tiles {
+            match ranges.last_mut().filter(|last| tile.start <= last.end) {
+                Some(last) => last.end = last.end.max(tile.end),
+                None => ranges.push(tile),
+            }
+        }
+        let values = ranges.iter().map(Range::len).sum::<usize>() * head_dim;
+        Self { ranges, dk: vec![0.0; values], dv: vec![0.0; values] }
+    }
+
+    /// Where a key row is in the buffers; the rest of its tile follows.
+    fn row(&self, key: usize) -> usize {
+        let mut before = 0;
+        for range in &self.ranges {
+            if range.contains(&key) {
+                return before + key - range.start;
+            }
+            before += range.len();
+        }
+        panic!("attention: key row {key} is in no tile of the task");
     }
 }
 
@@ -149,7 +190,8 @@ impl Block {
         let mut dq_sum = vec![0.0; rows * head_dim];
         for &(start, cols) in &self.tiles {
             let (k, v) = (k.rows_at(start, cols), v.rows_at(start, cols));
-            let at = start * head_dim..(start + cols) * head_dim;
+            let at = sums.row(start) * head_dim;
+            let at = at..at + cols * head_dim;
             let tile = MatMut::new(weights, rows, cols, TILE);
             mixed_gemm(exec, tile, q, Trans::No, k, Trans::Yes, scale, Store::Overwrite);
             let tile = MatMut::new(scores, rows, cols, TILE);
