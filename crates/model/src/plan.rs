@@ -222,6 +222,11 @@ impl MixerSpec {
         matches!(self.recurrent, RecurrentKind::Mamba2 | RecurrentKind::GatedDelta) && self.window > 0
     }
 
+    /// Whether a head is exactly the base's over sequences of at most `tokens`, because what it [weighs](Dropped::Weighed) is never there.
+    pub fn is_exact_over(&self, tokens: usize) -> bool {
+        self.dropped == Dropped::Weighed && tokens <= self.window.saturating_add(self.sinks)
+    }
+
     /// Checks that the sizes are in range and fit heads of `head_dim` values.
     ///
     /// # Errors

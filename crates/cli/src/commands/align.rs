@@ -19,8 +19,8 @@ use train::recipe::DEFAULT;
 /// interrupted run goes on with --resume.
 ///
 /// Examples:
-///   recurformer align --model smollm2-135m --heads heads.json --data english-small --tokens 65536 \
-///     --mixer mamba2 --window 16 --out bank.safetensors
+///   recurformer align --model smollm2-135m --heads heads.json --data english-small --tokens 65536 --out bank.safetensors
+///   recurformer align --model smollm2-135m --heads heads.json --data english-small --mixer mamba2 --window 64 --out bank.safetensors
 ///   recurformer align --model smollm2-135m --heads heads.json --data english-mixed retrieval:context=512 hashhop:context=512 \
 ///     --tokens 262144 --context 512 --out bank.safetensors
 #[derive(clap::Args)]
@@ -112,6 +112,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     } else {
         init_bank(&loaded.model, spec, &heads, args.seed)?
     };
+    let spec = bank.info.spec;
+    if spec.is_exact_over(args.context) {
+        return Err(usage(format!(
+            "window and sinks ({} + {} tokens) show all of --context {}: there is nothing to learn\nhint: take a longer context or a smaller --window",
+            spec.window, spec.sinks, args.context
+        )));
+    }
     let options = AlignOptions {
         tokens: args.tokens,
         tokens_per_step: args.tokens_per_step,

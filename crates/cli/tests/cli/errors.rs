@@ -43,6 +43,7 @@ fn wrong_usage_is_2() {
             "sinks",
         ),
         ("align --model llama3 --heads heads.json --data data.npy --context 257 --out x", "256"),
+        ("align --model llama3 --heads heads.json --data data.npy --context 193 --out x", "nothing to learn"),
         ("heal --model hybrid --base llama3 --data data.npy --train lora:0 --out x", "lora:RANK"),
         ("heal --model hybrid --base llama3 --data data.npy --stage bogus --out x", "bogus"),
         ("heal --model hybrid --base llama3 --data data.npy --context 32 --batch 0 --out x", "--batch"),
@@ -169,7 +170,7 @@ fn configurations_that_are_not_computed() {
 fn plans_banks_and_statistics_of_another_model() {
     let work = without_hybrid();
     work.model("llama2", "other");
-    let align = "--data data.npy --tokens 64 --context 32 --out x";
+    let align = "--data data.npy --tokens 64 --context 32 --window 4 --out x";
     for (line, needle) in [
         (
             "convert --model other --plan plan.json --bank bank.safetensors --out x".to_string(),
@@ -304,7 +305,7 @@ fn outputs_are_not_overwritten_or_misplaced() {
     std::fs::create_dir(work.path("taken")).unwrap();
     work.write("taken/note.txt", b"mine");
     let heal = "heal --model hybrid --base llama3 --data data.npy --tokens 64 --context 32";
-    let align = "align --model llama3 --heads heads.json --data data.npy --tokens 64 --context 32";
+    let align = "align --model llama3 --heads heads.json --data data.npy --tokens 64 --context 32 --window 4";
     let convert = "convert --model llama3 --plan plan.json --bank bank.safetensors";
     for line in [heal, align, convert] {
         work.fails(1, &format!("{line} --out taken"), &["taken exists already", "hint:"]);
@@ -337,7 +338,7 @@ fn a_full_disk_leaves_nothing_behind() {
         (20, "convert --model llama3 --plan plan.json --bank bank.safetensors --out x".to_string()),
         (
             20,
-            "align --model llama3 --heads heads.json --data data.npy --tokens 64 --context 32 --out x"
+            "align --model llama3 --heads heads.json --data data.npy --tokens 64 --context 32 --window 4 --out x"
                 .to_string(),
         ),
         (0, "plan --heads heads.json --beta 0.5 --out x.json".to_string()),

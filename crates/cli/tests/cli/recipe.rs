@@ -54,9 +54,10 @@ fn the_default_recipe() {
     );
     let recipe = &record["settings"]["recipe"];
     assert_eq!((&recipe["name"], &recipe["seeds"]["heal"]), (&json!("default"), &json!(2)));
-    assert_eq!(recipe["mixer"], json!({"recurrent": "mamba2", "window": 64, "sinks": 1}));
+    let mixer = json!({"recurrent": "gated-delta", "window": 192, "sinks": 1, "dropped": "weighed"});
+    assert_eq!(recipe["mixer"], mixer);
     assert_eq!((&recipe["align"]["lr"], &recipe["heal"]["lr"]), (&json!(0.008), &json!(0.0005)));
-    assert_eq!(recipe["heal"]["stage"], json!({"distill": {"kl": 0.9, "ce": 0.1}}));
+    assert_eq!(recipe["heal"]["stage"], json!({"distill": {"kl": 1.0, "ce": 0.0}}));
     assert_eq!(recipe["align"]["context"], 256);
     assert_eq!((&record["base"], &record["data"]), (&json!("llama3"), &json!(["data.npy"])));
     assert_eq!(record["settings"]["budget"], json!({"beta": 0.5}));

@@ -159,6 +159,9 @@ fn mixer_ranges() {
     ] {
         let spec = MixerSpec { dropped: Dropped::Weighed, ..MixerSpec::of(recurrent, window, 0, 8) };
         assert_eq!(spec.can_weigh(), ok, "{spec}");
+        let spec = MixerSpec { sinks: 2, ..spec };
+        assert!(spec.is_exact_over(window + 2) && !spec.is_exact_over(window + 3));
+        assert!(!MixerSpec { dropped: Dropped::Forgotten, ..spec }.is_exact_over(1));
         assert_eq!(spec.validate(8).is_ok(), ok, "{spec}");
     }
 }

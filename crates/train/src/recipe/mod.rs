@@ -277,6 +277,13 @@ impl Recipe {
             self.align.iter().flat_map(|a| [("align", a.context), ("align, measuring", a.measure_context)]);
         let contexts =
             [("analyze", self.analyze.context), ("heal", self.heal.context)].into_iter().chain(align);
+        let spec = self.mixer.spec(config);
+        if let Some(align) = self.align.filter(|align| spec.is_exact_over(align.context)) {
+            return bad(format!(
+                "the context of align is {}, and window and sinks ({} + {} tokens) show all of it: there is nothing to learn",
+                align.context, spec.window, spec.sinks
+            ));
+        }
         for (stage, context) in contexts {
             if context < 2 || context > config.max_context {
                 return bad(format!(

@@ -259,7 +259,7 @@ fn all_stages_at_once_are_the_stages_one_by_one() {
             serde_json::from_slice(&std::fs::read(out.join("recipe.json")).unwrap()).unwrap();
         assert_eq!(written, serde_json::to_value(&record).unwrap());
         assert_eq!(written["settings"]["recipe"]["seeds"]["heal"], 7);
-        assert_eq!(written["settings"]["recipe"]["heal"]["projection_lr_scale"], 0.3, "as it is written");
+        assert_eq!(written["settings"]["recipe"]["heal"]["projection_lr_scale"], 0.03, "as it is written");
         // Everything is there but the checkpoint, which the training state gives back.
         let again = run(&it, Some(&mut record), &mut Silent).unwrap();
         assert_eq!(again.healed.plan, made.healed.plan);

@@ -90,6 +90,9 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     assert!(unaligned.check(config).unwrap_err().to_string().contains("mixer-fisher"));
     let sinks = Recipe { mixer: Mixer { window: 0, ..fitted.mixer }, ..fitted.clone() };
     assert!(sinks.check(config).is_err());
+    let seen = Recipe { mixer: Mixer { window: 255, ..fitted.mixer }, ..fitted.clone() };
+    assert!(seen.check(config).unwrap_err().to_string().contains("nothing to learn"));
+    Recipe { mixer: Mixer { window: 254, ..fitted.mixer }, ..fitted.clone() }.check(config).unwrap();
 
     let (one, several) = (Budget::Beta, |betas: &[f64]| Budget::Elastic(betas.to_vec()));
     for budget in [one(0.25), one(1.0), several(&[0.5]), several(&[1.0, 0.25])] {
