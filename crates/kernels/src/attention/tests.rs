@@ -305,13 +305,13 @@ fn a_window_step_is_attention_to_every_key() {
                 Some(&mut expected_lse),
             );
             let (mut out, mut scores) = (vec![f32::NAN; heads * head_dim], Vec::new());
-            window_step(&exec, (0.3, 0.0), &q, &k, &v, head_dim, &mut scores, &mut out, &mut lse);
+            window_step(&exec, (0.3, 0.0), &q, &k, &v, head_dim, &mut scores, (&mut out, &mut lse));
             for (found, expected) in out.iter().zip(&expected).chain(lse.iter().zip(&expected_lse)) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }
             // A weight of three is three equal keys.
             let thrice = |x: &[f32]| [x, &x[x.len() - head_dim..], &x[x.len() - head_dim..]].concat();
-            window_step(&exec, (0.3, 3f32.ln()), &q, &k, &v, head_dim, &mut scores, &mut out, &mut lse);
+            window_step(&exec, (0.3, 3f32.ln()), &q, &k, &v, head_dim, &mut scores, (&mut out, &mut lse));
             window_step(
                 &exec,
                 (0.3, 0.0),
@@ -320,8 +320,7 @@ fn a_window_step_is_attention_to_every_key() {
                 &thrice(&v),
                 head_dim,
                 &mut scores,
-                &mut expected,
-                &mut expected_lse,
+                (&mut expected, &mut expected_lse),
             );
             for (found, expected) in out.iter().zip(&expected).chain(lse.iter().zip(&expected_lse)) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());

@@ -19,8 +19,7 @@ pub fn window_step(
     values: &[f32],
     head_dim: usize,
     scores: &mut Vec<f32>,
-    out: &mut [f32],
-    lse: &mut [f32],
+    (out, lse): (&mut [f32], &mut [f32]),
 ) {
     assert!(head_dim > 0 && q.len().is_multiple_of(head_dim), "window: {} values of q", q.len());
     assert!(!keys.is_empty() && keys.len().is_multiple_of(head_dim), "window: {} values of keys", keys.len());

@@ -68,14 +68,14 @@ pub fn attention_backward(
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let AttnShape { q_heads, kv_heads, head_dim, scale } = shape;
     let (mut dq, mut dk, mut dv) = (vec![0.0; x.q.len()], vec![0.0; x.k.len()], vec![0.0; x.v.len()]);
-    for row in 0..x.q.len() / head_dim {
+    for (row, dlse) in dlse.iter().enumerate() {
         let (p, _) = weights(shape, mask, x, row / q_heads, row % q_heads);
         let at = row * head_dim;
         let kv = |j: usize| (j * kv_heads + row % q_heads / (q_heads / kv_heads)) * head_dim;
         let dp = |j: usize| (0..head_dim).map(|d| dout[at + d] * x.v[kv(j) + d]).sum::<f64>();
         let mean: f64 = p.iter().enumerate().map(|(j, p)| p * dp(j)).sum();
         for (j, p) in p.iter().enumerate() {
-            let ds = f64::from(scale) * p * (dp(j) - mean + dlse[row]);
+            let ds = f64::from(scale) * p * (dp(j) - mean + dlse);
             for d in 0..head_dim {
                 dv[kv(j) + d] += p * dout[at + d];
                 dq[at + d] += ds * x.k[kv(j) + d];

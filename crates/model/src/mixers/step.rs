@@ -108,7 +108,7 @@ impl StepWeights {
                 last_bias = (dropped as f32).ln();
             }
             let weights = (self.scale, last_bias);
-            window_step(exec, weights, inputs.rotated_q, keys, values, head_dim, scores, out, lse);
+            window_step(exec, weights, inputs.rotated_q, keys, values, head_dim, scores, (out, lse));
         } else {
             out.fill(0.0);
         }
