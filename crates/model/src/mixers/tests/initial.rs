@@ -147,10 +147,11 @@ fn a_head_that_weighs_is_fitted_to_the_true_weights() {
         let naive = fixture.naive();
         let (local, lse) = naive.local();
         let (y, gain) = (naive.recurrence(), &fitted[2].1);
+        let window = |t: usize, head: usize| naive.keep(t, head, lse[t][head]);
         for head in 0..heads {
             let (mut along, mut power) = (0.0, 0.0);
             for t in 0..60 {
-                let keep = naive.keep(t, head, lse[t][head]);
+                let keep = window(t, head);
                 for c in head * dim..(head + 1) * dim {
                     let y = (1.0 - keep) * y[t][c];
                     let rest = f64::from(fixture.dout[t * d_inner + c])
