@@ -1,8 +1,8 @@
 //! Row-wise and element-wise operations with their backward passes. In backward passes `dx`, `dw`… are added to.
 
-use crate::Exec;
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
+use crate::{Exec, Isa};
 
 /// Values one task handles: a few cache pages, so that waking a thread pays off. Fixed, so that results do not depend
 /// on the number of threads.
@@ -246,6 +246,12 @@ fn swiglu_gradients<S: Simd>(
     }
 }
 
+/// `to` becomes `from`; memory only grows.
+pub fn copy(exec: &Exec, from: &[f32], to: &mut Vec<f32>) {
+    to.resize(from.len(), 0.0);
+    exec.parallel_chunks(to, TASK, |i, to| to.copy_from_slice(&from[i * TASK..][..to.len()]));
+}
+
 /// `y += alpha · x`, of the same length.
 pub fn axpy(exec: &Exec, alpha: f32, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "axpy: x and y");
@@ -277,7 +283,7 @@ pub fn add_column_sums(exec: &Exec, x: &[f32], out: &mut [f32]) {
     });
 }
 
-/// Sum of products in f64. `a` and `b` have the same length.
+/// Sum of products in f64, of a row. `a` and `b` have the same length.
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len(), "dot: a and b");
     let mut acc = [0.0f64; 8];
@@ -287,6 +293,30 @@ pub fn dot(a: &[f32], b: &[f32]) -> f64 {
         }
     }
     acc.iter().sum()
+}
+
+/// [`dot`] of whole tensors, the same bits on every instruction set.
+pub fn tensor_dot(isa: Isa, a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len(), "tensor_dot: a and b");
+    /// Sums side by side, enough to hide the additions' latency.
+    const SUMS: usize = 32;
+    dispatch!(isa, {
+        let mut acc = [0.0f64; SUMS];
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>());
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..SUMS {
+                acc[i] += f64::from(a[i]) * f64::from(b[i]);
+            }
+        }
+        for i in 0..a_rest.len() {
+            acc[i] += f64::from(a_rest[i]) * f64::from(b_rest[i]);
+        }
+        let mut sum = 0.0;
+        for i in 0..SUMS {
+            sum += acc[i];
+        }
+        sum
+    })
 }
 
 /// Numerically stable logistic function.

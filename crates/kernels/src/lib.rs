@@ -10,6 +10,7 @@ pub mod gate;
 pub mod gated_delta;
 pub mod isa;
 pub mod kv;
+pub mod linear;
 pub mod loss;
 pub mod mat;
 pub mod measure;

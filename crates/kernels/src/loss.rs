@@ -1,8 +1,8 @@
 //! Losses over rows of logits, with gradients.
 
-use crate::Exec;
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
+use crate::{Exec, Store};
 
 /// The target that [`cross_entropy`] ignores.
 pub const IGNORED: u32 = u32::MAX;
@@ -53,7 +53,7 @@ pub fn cross_entropy(
     });
 }
 
-/// `KL(teacher ‖ student)` in nats per row, of the softmaxes of two `[rows, vocab]` logit matrices. With `dlogits`, **adds**
+/// `KL(teacher ‖ student)` in nats per row, of the softmaxes of two `[rows, vocab]` logit matrices. With `dlogits`, writes or adds
 /// `weight · (softmax(student) − softmax(teacher))`. Panics when the sizes do not fit.
 pub fn kl_divergence(
     exec: &Exec,
@@ -62,9 +62,13 @@ pub fn kl_divergence(
     vocab: usize,
     weight: f32,
     kl: &mut [f32],
-    dlogits: Option<&mut [f32]>,
+    dlogits: Option<(&mut [f32], Store)>,
 ) {
     let rows = kl.len();
+    let (dlogits, store) = match dlogits {
+        Some((dlogits, store)) => (Some(dlogits), store),
+        None => (None, Store::Overwrite),
+    };
     let fits = teacher.len() == rows * vocab && student.len() == rows * vocab;
     assert!(fits, "kl_divergence: {rows} rows of {vocab} logits");
     exec.parallel_items(row_tasks(kl, dlogits, vocab), |r, (kl, dlogits)| {
@@ -89,7 +93,8 @@ pub fn kl_divergence(
             if let Some(dlogits) = dlogits {
                 for ((d, &t), &q) in dlogits.iter_mut().zip(teacher).zip(student) {
                     let p = norm_t.inv_sum * simd::exp(s, t - norm_t.max);
-                    *d += weight * (norm_s.inv_sum * simd::exp(s, q - norm_s.max) - p);
+                    let gradient = weight * (norm_s.inv_sum * simd::exp(s, q - norm_s.max) - p);
+                    *d = if store == Store::Accumulate { *d + gradient } else { gradient };
                 }
             }
         });

@@ -1,5 +1,6 @@
 //! Named f32 parameters with Hugging Face names, shared between models until one writes, and their gradients.
 
+use kernels::Store;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -90,7 +91,24 @@ impl ParamStore {
 /// Gradient buffers for the trainable subset of a [`ParamStore`]; the backward pass skips parameters without one.
 #[derive(Clone, Debug, Default)]
 pub struct Grads {
-    slots: Vec<Option<Vec<f32>>>,
+    slots: Vec<Option<Slot>>,
+}
+
+/// One parameter's gradient.
+#[derive(Clone, Debug)]
+struct Slot {
+    values: Vec<f32>,
+    /// Counts as zeros, whatever the values are: whoever writes first may overwrite them.
+    stale: bool,
+}
+
+impl Slot {
+    fn zeroed(&mut self) -> &mut [f32] {
+        if std::mem::take(&mut self.stale) {
+            self.values.fill(0.0);
+        }
+        &mut self.values
+    }
 }
 
 impl Grads {
@@ -98,29 +116,41 @@ impl Grads {
     pub fn zeros(store: &ParamStore, trainable: &[ParamId]) -> Self {
         let mut slots = vec![None; store.len()];
         for &id in trainable {
-            slots[id.0] = Some(vec![0.0; store.data(id).len()]);
+            slots[id.0] = Some(Slot { values: vec![0.0; store.data(id).len()], stale: false });
         }
         Self { slots }
     }
+    /// Whether `id` is trainable.
+    pub fn wants(&self, id: ParamId) -> bool {
+        self.slots.get(id.0).is_some_and(Option::is_some)
+    }
     /// The gradient of `id`, if it is trainable.
+    ///
+    /// # Panics
+    /// Between [`clear`](Self::clear) and [`settle`](Self::settle).
     pub fn get(&self, id: ParamId) -> Option<&[f32]> {
-        self.slots.get(id.0)?.as_deref()
+        let slot = self.slots.get(id.0)?.as_ref()?;
+        assert!(!slot.stale, "gradients are read before they are settled");
+        Some(&slot.values)
     }
     /// The gradient of `id` for adding to, if it is trainable.
     pub fn get_mut(&mut self, id: ParamId) -> Option<&mut [f32]> {
-        self.slots.get_mut(id.0)?.as_deref_mut()
+        Some(self.slots.get_mut(id.0)?.as_mut()?.zeroed())
     }
-    /// Moves a buffer out (for disjoint parallel writes); put it back with [`put`](Self::put).
-    pub fn take(&mut self, id: ParamId) -> Option<Vec<f32>> {
-        self.slots.get_mut(id.0)?.take()
+    /// The gradient of `id` for one product that covers it, if it is trainable, and whether to add to it: the first one after
+    /// [`clear`](Self::clear) overwrites.
+    pub fn target(&mut self, id: ParamId) -> Option<(&mut [f32], Store)> {
+        let slot = self.slots.get_mut(id.0)?.as_mut()?;
+        let store = if std::mem::take(&mut slot.stale) { Store::Overwrite } else { Store::Accumulate };
+        Some((&mut slot.values, store))
     }
-    /// Puts a buffer back.
-    pub fn put(&mut self, id: ParamId, grad: Vec<f32>) {
-        self.slots[id.0] = Some(grad);
-    }
-    /// Sets all gradients to zero.
+    /// All gradients become zero; their memory is written when somebody adds to them, or at [`settle`](Self::settle).
     pub fn clear(&mut self) {
-        self.slots.iter_mut().flatten().for_each(|g| g.fill(0.0));
+        self.slots.iter_mut().flatten().for_each(|slot| slot.stale = true);
+    }
+    /// Writes the zeros of gradients that nobody added to.
+    pub fn settle(&mut self) {
+        self.slots.iter_mut().flatten().for_each(|slot| _ = slot.zeroed());
     }
     /// Trainable ids in order.
     pub fn ids(&self) -> impl Iterator<Item = ParamId> + '_ {

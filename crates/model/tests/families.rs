@@ -126,7 +126,7 @@ fn loss_and_gradients(exec: &Exec, model: &Model, batch: &TokenBatch) -> (f64, G
     let (mut nll, mut dlogits) = (vec![0.0; targets.len()], vec![0.0; logits.len()]);
     let weight = (1.0 / scored) as f32;
     cross_entropy(exec, &logits, model.config.vocab, &targets, weight, &mut nll, Some(&mut dlogits));
-    let dhidden = model.logits_backward(exec, &hidden, &dlogits, &mut grads);
+    let dhidden = model.logits_backward(exec, &hidden, &dlogits, None, &mut grads);
     model.backward(exec, batch, &tape, &dhidden, &mut grads, &mut NoObserver, false);
     (nll.iter().map(|&v| f64::from(v)).sum::<f64>() / scored, grads)
 }

@@ -55,7 +55,7 @@ fn gradients_of(
     let mut dlogits = vec![0.0; logits.len()];
     let weight = 1.0 / nll.len() as f32;
     cross_entropy(exec, &logits, VOCAB, &targets(), weight, &mut nll, Some(&mut dlogits));
-    let dhidden = model.logits_backward(exec, &hidden, &dlogits, &mut grads);
+    let dhidden = model.logits_backward(exec, &hidden, &dlogits, None, &mut grads);
     model.backward(exec, &batch(), tape, &dhidden, &mut grads, observer, observe_all);
     grads
 }

@@ -71,7 +71,7 @@ fn run(exec: &Exec, model: &Model, batch: &TokenBatch, grads: &mut Grads) -> (Ve
     }
     let (mut nll, mut dlogits) = (vec![0.0; targets.len()], vec![0.0; logits.len()]);
     cross_entropy(exec, &logits, VOCAB, &targets, 1.0, &mut nll, Some(&mut dlogits));
-    let dhidden = model.logits_backward(exec, &hidden, &dlogits, grads);
+    let dhidden = model.logits_backward(exec, &hidden, &dlogits, None, grads);
     model.backward(exec, batch, &tape, &dhidden, grads, &mut NoObserver, false);
     (hidden, nll)
 }

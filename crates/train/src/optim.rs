@@ -1,7 +1,7 @@
 //! The optimiser as training stages use it: learning-rate schedule, moments, clipping. The update itself is a kernel.
 
 use kernels::Exec;
-use kernels::elementwise::dot;
+use kernels::elementwise::tensor_dot;
 use kernels::optim::{AdamW, adamw};
 
 /// Added to the gradient norm before dividing, as `torch.nn.utils.clip_grad_norm_` does.
@@ -80,7 +80,7 @@ impl StepRule {
 
 /// Sum of squares in f64, each tensor on its own and then in order: the same on any number of threads.
 pub fn sum_of_squares(exec: &Exec, tensors: &[&[f32]]) -> f64 {
-    exec.parallel_map(tensors.len(), |i| dot(tensors[i], tensors[i])).into_iter().sum()
+    exec.parallel_map(tensors.len(), |i| tensor_dot(exec.isa(), tensors[i], tensors[i])).into_iter().sum()
 }
 
 /// The multiplier that brings a gradient of norm `norm` down to `limit` (1 when it is below; 0 as limit: no clipping).

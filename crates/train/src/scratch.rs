@@ -204,13 +204,14 @@ impl<'a> LabelTrainer<'a> {
         let mut dhidden = vec![0.0; hidden.len()];
         let grads = &mut self.grads;
         let mut report = labelled(exec, model, &hidden, labels, |rows, h, dlogits| {
-            let d = model.logits_backward(exec, h, dlogits, grads);
+            let d = model.logits_backward(exec, h, dlogits, None, grads);
             let width = model.config.d_model;
             for (&row, d) in rows.iter().zip(d.chunks(width)) {
                 dhidden[row * width..(row + 1) * width].copy_from_slice(d);
             }
         });
         model.backward(exec, batch, &self.tape, &dhidden, grads, &mut NoObserver, false);
+        grads.settle();
         let tensors: Vec<&[f32]> = self.trained.iter().filter_map(|t| grads.get(t.id)).collect();
         report.grad_norm = sum_of_squares(exec, &tensors).sqrt();
         Ok(report)
@@ -248,7 +249,7 @@ fn labelled(
         let h: Vec<f32> =
             rows.iter().flat_map(|row| &hidden[row * width..(row + 1) * width]).copied().collect();
         let targets: Vec<u32> = rows.iter().map(|&row| labels[row]).collect();
-        model.logits_into(exec, &h, &mut logits);
+        model.logits_into(exec, &h, None, &mut logits);
         dlogits.resize(logits.len(), 0.0);
         let mut nll = vec![0.0; rows.len()];
         cross_entropy(exec, &logits, vocab, &targets, weight, &mut nll, Some(&mut dlogits));

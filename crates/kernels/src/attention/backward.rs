@@ -64,16 +64,17 @@ pub(super) fn attention_backward(
     }
     let gradients =
         exec.parallel_map_items(shares, |_, share| share.run(&exec.single(), shape, mask, &saved));
-    for (i, gradient) in gradients.iter().enumerate() {
-        let column = i / segments * head_dim;
-        for (out, part) in [(&mut *dk, &gradient.dk), (&mut *dv, &gradient.dv)] {
+    exec.parallel_items(vec![(dk, true), (dv, false)], |_, (out, keys)| {
+        for (i, gradient) in gradients.iter().enumerate() {
+            let column = i / segments * head_dim;
+            let part = if keys { &gradient.dk } else { &gradient.dv };
             let rows = gradient.ranges.iter().cloned().flatten();
             for (row, part) in rows.zip(part.chunks(head_dim)) {
                 let row = &mut out[row * kv_heads * head_dim + column..][..head_dim];
                 row.iter_mut().zip(part).for_each(|(x, y)| *x += y);
             }
         }
-    }
+    });
 }
 
 impl Share<'_> {

@@ -100,9 +100,15 @@ fn sums_and_biases_agree() {
             assert!(y.iter().zip(&x).all(|(&y, &x)| y == x + 1.0));
         }
     }
-    let (a, b) = (noise(1, 501), noise(2, 501));
-    assert!((dot(&a, &b) - sum_of_products(&to_f64(&a), &to_f64(&b))).abs() < 1e-12);
-    assert_eq!(dot(&[], &[]), 0.0);
+    let mut sums = Vec::new();
+    for isa in Isa::available() {
+        let (a, b) = (noise(1, 501), noise(2, 501));
+        let want = sum_of_products(&to_f64(&a), &to_f64(&b));
+        sums.push(tensor_dot(isa, &a, &b));
+        assert!((sums[0] - want).abs() < 1e-12 && (dot(&a, &b) - want).abs() < 1e-12);
+        assert_eq!((tensor_dot(isa, &[], &[]), dot(&[], &[])), (0.0, 0.0));
+    }
+    assert!(sums.iter().all(|&sum| sum == sums[0]), "{sums:?}");
 }
 
 #[test]
@@ -119,7 +125,7 @@ fn logistic_functions_are_stable() {
 fn threads_do_not_change_a_bit() {
     let (rows, dim) = (200, 576);
     let (x, w, d) = (noise(1, rows * dim), noise(2, dim), noise(3, rows * dim));
-    for isa in crate::Isa::available() {
+    for isa in Isa::available() {
         let run = |threads| {
             let exec = Exec::with_isa(threads, isa).unwrap();
             let (mut dx, mut dw) = (vec![0.0; x.len()], vec![0.0; dim]);

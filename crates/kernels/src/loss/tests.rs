@@ -45,7 +45,12 @@ fn kl_agrees_with_naive() {
                     noise(2, rows * vocab).iter().zip(&teacher).map(|(x, t)| t + own * x + shift).collect();
                 let weight = 0.5;
                 let (mut kl, mut dlogits) = (vec![f32::NAN; rows], vec![1.0; rows * vocab]);
-                kl_divergence(&exec, &teacher, &student, vocab, weight, &mut kl, Some(&mut dlogits));
+                let added = Some((dlogits.as_mut_slice(), Store::Accumulate));
+                kl_divergence(&exec, &teacher, &student, vocab, weight, &mut kl, added);
+                let mut written = vec![f32::NAN; rows * vocab];
+                let alone = Some((written.as_mut_slice(), Store::Overwrite));
+                kl_divergence(&exec, &teacher, &student, vocab, weight, &mut kl, alone);
+                assert!(written.iter().zip(&dlogits).all(|(alone, added)| 1.0 + alone == *added));
                 for r in 0..rows {
                     let (t, s) =
                         (to_f64(&teacher[r * vocab..][..vocab]), to_f64(&student[r * vocab..][..vocab]));
@@ -64,7 +69,7 @@ fn masked_logits_and_equal_rows_are_fine() {
     for exec in execs() {
         let teacher = [1.0, f32::NEG_INFINITY, 2.0, f32::NEG_INFINITY];
         let (mut kl, mut grad) = (vec![f32::NAN; 1], vec![0.0; 4]);
-        kl_divergence(&exec, &teacher, &teacher, 4, 1.0, &mut kl, Some(&mut grad));
+        kl_divergence(&exec, &teacher, &teacher, 4, 1.0, &mut kl, Some((&mut grad, Store::Accumulate)));
         assert_eq!(kl, [0.0]);
         assert_eq!(grad, [0.0; 4]);
         kl_divergence(&exec, &teacher, &[1.0, 1.0, 2.0, f32::NEG_INFINITY], 4, 1.0, &mut kl, None);

@@ -14,9 +14,9 @@ const TILE_ROW_BYTES: usize = 64;
 /// Rows and panels that one call multiplies: four accumulators, two tiles of activations, two of weights.
 pub(crate) const SHAPE: (usize, usize) = (2 * TILE_ROWS, 2);
 
-/// Whether so many rows fill whole tiles.
-pub(crate) fn whole(rows: usize) -> bool {
-    rows.is_multiple_of(TILE_ROWS)
+/// The rows of so many that fill whole tiles.
+pub(crate) fn whole(rows: usize) -> usize {
+    rows / TILE_ROWS * TILE_ROWS
 }
 
 /// Shapes of the eight tiles, in the layout that `ldtilecfg` reads.
@@ -190,7 +190,7 @@ pub(crate) fn tile(configured: &Configured, operands: Operands<'_>, tile: &mut [
     unsafe { tile_into(configured, operands, out) }
 }
 
-/// [`tile`] straight into the rows of an output, overwriting or adding.
+/// [`tile`] of any number of rows straight into those of an output, overwriting or adding.
 ///
 /// # Safety
 /// `out` has `rows` rounded up to 16 rows of `16 · panels` values that are the caller's alone.
@@ -218,44 +218,64 @@ unsafe fn multiply<T: Tiles>(tiles: &mut T, operands: Operands<'_>, out: Out) {
     let Operands { cols, weights, panels, x, stride, rows } = operands;
     let cols = padded(cols);
     let tile_rows = rows.next_multiple_of(TILE_ROWS);
-    assert!(rows <= SHAPE.0 && panels <= SHAPE.1, "tile of {rows} rows, {panels} panels");
+    assert!(panels <= SHAPE.1, "{panels} panels");
     assert!(weights.len() >= panels * cols * PANEL);
     assert!(rows == 0 || x.len() >= (tile_rows - 1) * stride + cols);
     if rows == 0 || panels == 0 {
         return;
     }
-    let (w, x) = (weights.as_ptr().cast(), x.as_ptr().cast());
-    // SAFETY: the tiles are configured; the lengths were checked above; the caller's contract for the output.
-    unsafe {
-        match (rows > TILE_ROWS, panels > 1) {
-            (true, true) => block::<T, true, true>(tiles, cols, w, x, 2 * stride, out),
-            (true, false) => block::<T, true, false>(tiles, cols, w, x, 2 * stride, out),
-            (false, true) => block::<T, false, true>(tiles, cols, w, x, 2 * stride, out),
-            (false, false) => block::<T, false, false>(tiles, cols, w, x, 2 * stride, out),
+    for row in (0..tile_rows).step_by(SHAPE.0) {
+        // SAFETY: the tiles are configured; the lengths were checked above; the caller's contract for the output.
+        unsafe {
+            let sides = Sides {
+                steps: cols / PAD,
+                w: weights.as_ptr().cast(),
+                panel_bytes: 2 * cols * PANEL,
+                x: x.as_ptr().add(row * stride).cast(),
+                stride: 2 * stride,
+            };
+            let next = if row + SHAPE.0 < tile_rows { SHAPE.0 * out.stride } else { 0 };
+            let out = Out { first: out.first.add(row * out.stride), ..out };
+            match (row + TILE_ROWS < tile_rows, panels > 1) {
+                (true, true) => block::<T, true, true>(tiles, sides, out, next),
+                (true, false) => block::<T, true, false>(tiles, sides, out, next),
+                (false, true) => block::<T, false, true>(tiles, sides, out, next),
+                (false, false) => block::<T, false, false>(tiles, sides, out, next),
+            }
         }
     }
 }
 
-/// Tiles 0 to 3 sum (rows × panels), 4 and 5 hold activations, 6 and 7 weights. `stride` is in bytes.
+/// Where a block's operands start, in bytes.
+#[derive(Clone, Copy)]
+struct Sides {
+    /// Tiles along the reduction.
+    steps: usize,
+    w: *const u8,
+    panel_bytes: usize,
+    x: *const u8,
+    /// Between rows of `x`.
+    stride: usize,
+}
+
+/// Tiles 0 to 3 sum (rows × panels), 4 and 5 hold activations, 6 and 7 weights. The outputs `next` values further
+/// on, the next block's, are called into the cache meanwhile.
 ///
 /// # Safety
 /// As [`multiply`] checks, with 16 or (`ROWS`) 32 rows, 1 or (`PANELS`) 2 panels.
 #[inline(always)]
 unsafe fn block<T: Tiles, const ROWS: bool, const PANELS: bool>(
     tiles: &mut T,
-    cols: usize,
-    w: *const u8,
-    x: *const u8,
-    stride: usize,
+    Sides { steps, w, panel_bytes, x, stride }: Sides,
     out: Out,
+    next: usize,
 ) {
     /// Bytes of one tile of weights: 16 pairs of columns × 16 outputs.
     const W_TILE: usize = TILE_ROWS * TILE_ROW_BYTES;
-    let panel_bytes = cols * PANEL * 2;
     let (out, out_stride, add) =
         (out.first.cast::<u8>(), out.stride * size_of::<f32>(), out.store == Store::Accumulate);
-    // SAFETY: inside panels, rows and `out` by the caller's promise: `cols` is a multiple of 32, a tile of activations
-    // is 16 rows of 32 values, a tile of weights 16 pairs of columns.
+    // SAFETY: inside panels, rows and `out` by the caller's promise: a tile of activations is 16 rows of 32 values, a tile of weights 16
+    // pairs of columns.
     unsafe {
         if add {
             tiles.load::<0>(out, out_stride);
@@ -274,7 +294,19 @@ unsafe fn block<T: Tiles, const ROWS: bool, const PANELS: bool>(
             tiles.zero::<2>();
             tiles.zero::<3>();
         }
-        for step in 0..cols / PAD {
+        let rows_per_step = SHAPE.0.div_ceil(steps.max(1));
+        let mut coming = out.wrapping_add(next * size_of::<f32>());
+        let coming_end = coming.wrapping_add(if next > 0 { SHAPE.0 * out_stride } else { 0 });
+        for step in 0..steps {
+            for _ in 0..rows_per_step {
+                if coming < coming_end {
+                    prefetch(coming);
+                    if PANELS {
+                        prefetch(coming.wrapping_add(TILE_ROW_BYTES));
+                    }
+                    coming = coming.wrapping_add(out_stride);
+                }
+            }
             let x = x.add(step * TILE_ROW_BYTES);
             let w = w.add(step * W_TILE);
             tiles.load::<4>(x, stride);
@@ -303,6 +335,14 @@ unsafe fn block<T: Tiles, const ROWS: bool, const PANELS: bool>(
             tiles.store::<3>(out.add(TILE_ROWS * out_stride + TILE_ROW_BYTES), out_stride);
         }
     }
+}
+
+/// Calls the line at `p`, which need not exist, into the cache to be written.
+#[inline(always)]
+fn prefetch(p: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+    // SAFETY: a hint, which cannot fault.
+    unsafe { _mm_prefetch::<_MM_HINT_ET0>(p.cast()) }
 }
 
 /// Whether the CPU has bfloat16 tiles, the operating system saves them and permits them to this process, and they

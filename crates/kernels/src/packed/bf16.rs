@@ -8,48 +8,64 @@ use std::arch::x86_64::*;
 use super::{PANEL, padded};
 use crate::{MatRef, Trans};
 
-/// Rows of the left operand that are converted together.
-pub(super) const ROWS: usize = 16;
+/// Rows of the left operand that one transposition makes.
+const ROWS: usize = 16;
 /// Values of the reduction that fill a register.
-const SPAN: usize = 32;
+pub(super) const SPAN: usize = 32;
+/// How many of `count` rows (or columns of panels) a task converts. Where they are columns of the matrix, neighbours share cache lines and pages:
+/// many, but some tasks for every thread.
+pub(super) fn together(columns: bool, count: usize, threads: usize) -> usize {
+    const MOST: usize = 256;
+    const TASKS_PER_THREAD: usize = 4;
+    match columns {
+        true => (count / (TASKS_PER_THREAD * threads)).next_multiple_of(ROWS).clamp(ROWS, MOST),
+        false => ROWS,
+    }
+}
 /// Floats per register.
 const LANES: usize = 16;
 
-/// Panel `panel` of `op(b)` `[k, n]` as `[padded k / 2][16][2]`, zero padded; rounded to nearest even, subnormal values to zero.
+/// The panels of `op(b)` `[k, n]` from `first` on that fill `out`, `stride` apart, each `[padded k / 2][16][2]`, zero padded; rounded to
+/// nearest even, subnormal values to zero. Several at once, since their columns share the rows' cache lines and pages.
 ///
 /// # Safety
 /// The CPU has AVX-512 with BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-pub(super) unsafe fn panel(b: MatRef<'_>, tb: Trans, panel: usize, out: &mut [u16]) {
+pub(super) unsafe fn panels(b: MatRef<'_>, tb: Trans, first: usize, out: &mut [u16], stride: usize) {
     let (k, n) = tb.shape(b);
-    let first = panel * PANEL;
-    let wide = PANEL.min(n - first);
-    let out = &mut out[..padded(k) * PANEL];
+    let count = out.len().div_ceil(stride);
+    assert!(stride >= padded(k) * PANEL && out.len() >= (count - 1) * stride + padded(k) * PANEL);
+    let wide = |i: usize| PANEL.min(n - (first + i) * PANEL);
+    let mut store = |panel: usize, at: usize, v: __m512i| {
+        // SAFETY: 32 values of 2 bytes inside the padded `k` of a panel that `out` holds, checked above.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(panel * stride + at).cast(), v) };
+    };
     match tb {
         Trans::No => {
-            for (pair, out) in out.chunks_exact_mut(SPAN).enumerate() {
-                let v = pairs_of_rows(b, 2 * pair, first, wide, 1.0);
-                // SAFETY: 32 values of 2 bytes.
-                unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), v) };
+            for pair in 0..padded(k) / 2 {
+                for i in 0..count {
+                    store(i, pair * SPAN, pairs_of_rows(b, 2 * pair, (first + i) * PANEL, wide(i), 1.0));
+                }
             }
         }
         Trans::Yes => {
-            for (block, out) in out.chunks_exact_mut(SPAN * PANEL).enumerate() {
-                let mut pairs = [_mm512_setzero_si512(); PANEL];
-                for r in 0..wide {
-                    pairs[r] = pairs_of_row(b, first + r, block * SPAN, 1.0);
-                }
-                let columns = transpose(pairs);
-                for i in 0..PANEL {
-                    // SAFETY: 16 times 32 values of 2 bytes.
-                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(SPAN * i).cast(), columns[i]) };
+            for i in 0..count {
+                for start in (0..padded(k)).step_by(SPAN) {
+                    let mut pairs = [_mm512_setzero_si512(); PANEL];
+                    for r in 0..wide(i) {
+                        pairs[r] = pairs_of_row(b, (first + i) * PANEL + r, start, 1.0);
+                    }
+                    let columns = transpose(pairs);
+                    for c in 0..PANEL {
+                        store(i, start * PANEL + SPAN * c, columns[c]);
+                    }
                 }
             }
         }
     }
 }
 
-/// Rows `first..first + 16` (those that exist) of `alpha · op(a)` `[m, k]`, each `[padded k]`, `stride` apart; as [`panel`].
+/// The rows of `alpha · op(a)` `[m, k]` from `first` on that fill `out`, each `[padded k]`, `stride` apart; as [`panels`].
 ///
 /// # Safety
 /// The CPU has AVX-512 with BF16.
@@ -63,28 +79,56 @@ pub(super) unsafe fn rows(
     stride: usize,
 ) {
     let (m, k) = ta.shape(a);
-    let (count, cols) = (ROWS.min(m - first), padded(k));
-    assert!(count == 0 || out.len() >= (count - 1) * stride + cols, "room for {count} rows of {cols}");
+    let cols = padded(k);
+    let total = out.len().div_ceil(stride).min(m - first);
+    assert!(total == 0 || out.len() >= (total - 1) * stride + cols, "room for {total} rows of {cols}");
     for start in (0..cols).step_by(SPAN) {
-        let mut pairs = [_mm512_setzero_si512(); ROWS];
-        match ta {
-            Trans::No => {
-                for r in 0..count {
-                    pairs[r] = pairs_of_row(a, first + r, start, alpha);
+        for block in (0..total).step_by(ROWS) {
+            let count = ROWS.min(total - block);
+            let mut pairs = [_mm512_setzero_si512(); ROWS];
+            match ta {
+                Trans::No => {
+                    for r in 0..count {
+                        pairs[r] = pairs_of_row(a, first + block + r, start, alpha);
+                    }
                 }
+                Trans::Yes => pairs = transposed(a, start, first + block, count, alpha),
             }
-            Trans::Yes => {
-                for i in 0..SPAN / 2 {
-                    pairs[i] = pairs_of_rows(a, start + 2 * i, first, count, alpha);
-                }
-                pairs = transpose(pairs);
+            for r in 0..count {
+                let at = (block + r) * stride + start;
+                // SAFETY: `start + 32 <= cols` values of a row that `out` holds, checked above.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(at).cast(), pairs[r]) };
             }
-        }
-        for r in 0..count {
-            // SAFETY: `start + 32 <= cols` values of row `r`, checked above.
-            unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(r * stride + start).cast(), pairs[r]) };
         }
     }
+}
+
+/// 32 rows of `a` from `first` on (those that exist) as the values `first..first + 32` of the rows of `aᵀ`, which are `stride` apart; as
+/// [`panels`].
+///
+/// # Safety
+/// The CPU has AVX-512 with BF16. `out` has `a.cols()` rows with room for these values, the caller's alone.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+pub(super) unsafe fn columns(a: MatRef<'_>, first: usize, out: *mut u16, stride: usize) {
+    for col in (0..a.cols()).step_by(ROWS) {
+        let count = ROWS.min(a.cols() - col);
+        let pairs = transposed(a, first, col, count, 1.0);
+        for r in 0..count {
+            // SAFETY: 32 values of a row of `out`, by the caller's promise.
+            unsafe { _mm512_storeu_si512(out.add((col + r) * stride + first).cast(), pairs[r]) };
+        }
+    }
+}
+
+/// Rows `row..row + 32` of `count` columns from `col` on: one register a column.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+#[inline]
+fn transposed(a: MatRef<'_>, row: usize, col: usize, count: usize, alpha: f32) -> [__m512i; ROWS] {
+    let mut pairs = [_mm512_setzero_si512(); ROWS];
+    for i in 0..SPAN / 2 {
+        pairs[i] = pairs_of_rows(a, row + 2 * i, col, count, alpha);
+    }
+    transpose(pairs)
 }
 
 /// Pairs of neighbours of row `row` from column `col` on; beyond the row zero.

@@ -235,18 +235,18 @@ impl Target<'_> {
                         self.up_route.expand(isa, up, first + i, scratch);
                     }
                 }
-                for row in (block.row..block.row + block.rows).step_by(self.tile_rows) {
+                let mut done = 0;
+                let at = TileAt { panel: first, panels, ..block };
+                if self.plain(at) {
+                    // SAFETY: `plain` found all columns of the block in the output; no other task has it.
+                    let out = unsafe { self.out.add(block.row * self.stride + first * PANEL) };
+                    let out = (out, self.stride, self.store);
+                    // SAFETY: as above.
+                    done = unsafe { self.route.multiply_into(&prepared, x, self.weight, scratch, at, out) };
+                }
+                for row in (block.row + done..block.row + block.rows).step_by(self.tile_rows) {
                     let rows = self.tile_rows.min(block.row + block.rows - row);
-                    let at = TileAt { row, rows, panel: first, panels };
-                    if self.plain(at) {
-                        // SAFETY: `plain` found all columns of the block in the output; no other task has it.
-                        let out = unsafe { self.out.add(row * self.stride + first * PANEL) };
-                        let out = (out, self.stride, self.store);
-                        // SAFETY: as above.
-                        if unsafe { self.route.multiply_into(&prepared, x, self.weight, scratch, at, out) } {
-                            continue;
-                        }
-                    }
+                    let at = TileAt { row, rows, ..at };
                     self.route.multiply(&prepared, isa, x, self.weight, scratch, at, &mut tile.0);
                     if let Some(up) = self.up {
                         self.up_route.multiply(up_prepared, isa, x, up, up_scratch, at, &mut up_tile.0);

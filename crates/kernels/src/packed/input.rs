@@ -66,6 +66,11 @@ impl<T: Element> RowsOut<T> {
         lines.grow::<T>(rows * stride);
         Self { start: lines.as_mut_slice().as_mut_ptr(), stride }
     }
+    /// Where a row starts.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    fn at(self, row: usize) -> *mut T {
+        self.start.wrapping_add(row * self.stride)
+    }
     /// # Safety
     /// `row` is below the number of rows of `new`, and nobody else uses that row meanwhile.
     unsafe fn row<'a>(self, row: usize) -> &'a mut [T] {
@@ -101,21 +106,58 @@ impl Input {
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 gets past the assertion.
     pub fn set_bf16(&mut self, exec: &Exec, a: MatRef<'_>, ta: Trans, alpha: f32) {
         let (m, k) = ta.shape(a);
-        assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
-        let stride = row_stride(k);
-        (self.rows, self.cols, self.stride) = (m, k, stride);
-        self.forms = Forms { f32: false, bf16: true, blocks: false };
-        self.bf16.grow::<u16>((m + ROW_PAD) * stride);
+        self.reserve_bf16(exec, m, k);
+        let stride = self.stride;
         #[cfg(target_arch = "x86_64")]
         if m * stride > 0 {
             let rows = &mut self.bf16.as_mut_slice::<u16>()[..m * stride];
             let single = exec.single();
             let exec = if m * k < MIN_PARALLEL_VALUES { &single } else { exec };
-            exec.parallel_chunks(rows, bf16::ROWS * stride, |block, out| {
+            let together = bf16::together(ta == Trans::Yes, m, exec.threads());
+            exec.parallel_chunks(rows, together * stride, |block, out| {
                 // SAFETY: an `Isa` of this level exists only after detection.
-                unsafe { bf16::rows(a, ta, alpha, block * bf16::ROWS, out, stride) }
+                unsafe { bf16::rows(a, ta, alpha, block * together, out, stride) }
             });
         }
+    }
+    /// Becomes `a` rounded to bfloat16 as [`set_bf16`](Self::set_bf16) does, and `transposed` becomes `aᵀ`, from one reading of it.
+    ///
+    /// # Panics
+    /// On an instruction set without bfloat16.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 gets past the assertion.
+    pub(super) fn set_bf16_both(&mut self, exec: &Exec, a: MatRef<'_>, transposed: &mut Input) {
+        /// Columns whose 32 rows stay in the first caches between their two forms.
+        const COLUMNS: usize = 512;
+        let (m, n) = (a.rows(), a.cols());
+        self.reserve_bf16(exec, m, n);
+        transposed.reserve_bf16(exec, n, m);
+        #[cfg(target_arch = "x86_64")]
+        if m * n > 0 {
+            let stride = self.stride;
+            let rows = &mut self.bf16.as_mut_slice::<u16>()[..m * stride];
+            let columns = RowsOut::<u16>::new(&mut transposed.bf16, n, transposed.stride);
+            let single = exec.single();
+            let exec = if m * n < MIN_PARALLEL_VALUES { &single } else { exec };
+            exec.parallel_chunks(rows, bf16::SPAN * stride, |block, out| {
+                let first = block * bf16::SPAN;
+                for start in (0..n).step_by(COLUMNS) {
+                    let part = a.columns(start, COLUMNS.min(n - start));
+                    // SAFETY: an `Isa` of this level exists only after detection. `reserve_bf16` made room for `n` rows of padded `m` values, of which
+                    // this task alone has those of its 32 rows of `a`.
+                    unsafe {
+                        bf16::rows(part, Trans::No, 1.0, first, &mut out[start..], stride);
+                        bf16::columns(part, first, columns.at(start), columns.stride);
+                    }
+                }
+            });
+        }
+    }
+    /// Room for `rows` rows of `cols` values in bfloat16 and the padding of both.
+    fn reserve_bf16(&mut self, exec: &Exec, rows: usize, cols: usize) {
+        assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
+        (self.rows, self.cols, self.stride) = (rows, cols, row_stride(cols));
+        self.forms = Forms { f32: false, bf16: true, blocks: false };
+        self.bf16.grow::<u16>((rows + ROW_PAD) * self.stride);
     }
     /// Appends rows of zeros until there are `rows`, after [`set_bf16`](Self::set_bf16).
     pub(super) fn pad_bf16(&mut self, rows: usize) {

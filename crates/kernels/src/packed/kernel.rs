@@ -196,8 +196,8 @@ impl Route {
             }
         }
     }
-    /// [`multiply`](Self::multiply) straight into the output's rows, adding to them or not, where the kernel can; `false` where
-    /// it cannot and has done nothing.
+    /// [`multiply`](Self::multiply) of any number of rows straight into those of the output, adding to them or not, as far as the kernel
+    /// can: the rows done, from the first on.
     ///
     /// # Safety
     /// `out` has `at.rows` rows, `stride` values apart, of `16 · at.panels` values that are the caller's alone.
@@ -210,17 +210,18 @@ impl Route {
         expanded: &[u8],
         at: TileAt,
         (out, stride, store): (*mut f32, usize, Store),
-    ) -> bool {
+    ) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Amx(dtype) if amx::whole(at.rows) => {
+            Self::Amx(dtype) => {
                 let tiles = prepared.tiles.as_ref().expect("prepared for this route");
                 let out = amx::Out { first: out, stride, store };
+                let at = TileAt { rows: amx::whole(at.rows), ..at };
                 // SAFETY: whole tiles of rows; the caller's contract.
                 unsafe { amx::tile_into(tiles, amx_operands(dtype, x, weight, expanded, at), out) }
-                true
+                at.rows
             }
-            _ => false,
+            _ => 0,
         }
     }
 }

@@ -32,8 +32,8 @@ use buffer::{LINE, Lines};
 
 pub use driver::{Product, matmul, matmul_swiglu};
 pub use input::Input;
-pub use product::Shared;
-pub(crate) use product::{pays, product};
+pub use product::{Shared, Uses};
+pub(crate) use product::{linear_backward, pays, product, product_with};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -172,9 +172,11 @@ impl Packed {
             let panels = &mut self.data.as_mut_slice::<u16>()[..used];
             let single = exec.single();
             let exec = if n * k < MIN_PARALLEL_VALUES { &single } else { exec };
-            exec.parallel_chunks(panels, panel_bytes / size_of::<u16>(), |panel, out| {
+            let (stride, together) =
+                (panel_bytes / size_of::<u16>(), bf16::together(tb == Trans::No, n, exec.threads()) / PANEL);
+            exec.parallel_chunks(panels, together * stride, |task, out| {
                 // SAFETY: an `Isa` of this level exists only after detection.
-                unsafe { bf16::panel(b, tb, panel, out) }
+                unsafe { bf16::panels(b, tb, task * together, out, stride) }
             });
         }
     }

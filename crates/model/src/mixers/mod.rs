@@ -56,13 +56,14 @@ pub use step::{StepInputs, StepScratch, StepWeights};
 
 use crate::plan::{MixerSpec, RecurrentKind};
 use inputs::{Projected, RecurrentInputs};
+pub use kernels::linear::LayerInput;
 use kernels::{Exec, MatMut, MatRef};
 use layout::{MambaTensors, QkvTensors};
 use local::LocalSaved;
 use mamba::{MambaSaved, Scanned};
 #[cfg(test)]
 use memory::Ring;
-pub use projection::{BaseGroup, BaseGroupGrads, LayerInput};
+pub use projection::{BaseGroup, BaseGroupGrads};
 use projection::{Linear, LinearGrads, ProjectionGrads, Projections, Qkv, QkvRef, reborrow};
 use qkv::{Form, QkvSaved, Rates, Recurred, WindowGrads};
 

@@ -1,8 +1,8 @@
 //! Linear layers of a head, what they read, the base group's, and the q, k, v projections that a head's two branches share.
 
 use super::{Ctx, HeadDims, QkvTensors};
-use kernels::packed::Shared;
-use kernels::{MatMut, MatRef, Store, Trans, elementwise, mixed_gemm};
+use kernels::linear::{LayerInput, linear, linear_backward};
+use kernels::{MatMut, MatRef, Store, elementwise};
 
 /// The base group's projection rows and norms.
 #[derive(Clone, Copy, Debug)]
@@ -59,21 +59,6 @@ impl BaseGroupGrads {
     }
 }
 
-/// What a linear layer reads, `[rows, cols]`, with its rounded forms where somebody made them for several layers at once.
-#[derive(Clone, Copy, Debug)]
-pub struct LayerInput<'a> {
-    /// The values.
-    pub values: MatRef<'a>,
-    /// Of the same values.
-    pub shared: Option<&'a Shared>,
-}
-
-impl<'a> From<MatRef<'a>> for LayerInput<'a> {
-    fn from(values: MatRef<'a>) -> Self {
-        Self { values, shared: None }
-    }
-}
-
 /// Projected queries `[T, G·D]`, keys and values `[T, D]`, or their gradients.
 pub(super) struct Qkv {
     pub q: Vec<f32>,
@@ -127,14 +112,11 @@ impl<'a> Linear<'a> {
 
     /// `x Wᵀ + b`, dense `[rows, n_out]`.
     pub fn forward<'x>(&self, ctx: &Ctx<'_>, x: impl Into<LayerInput<'x>>, n_out: usize) -> Vec<f32> {
-        let LayerInput { values: x, shared } = x.into();
-        let mut out = vec![0.0; x.rows() * n_out];
-        let weight = MatRef::dense(self.weight, n_out, x.cols());
-        let to = MatMut::dense(&mut out, x.rows(), n_out);
-        match shared {
-            Some(shared) => shared.linear(ctx.exec, weight, to, Store::Overwrite),
-            None => mixed_gemm(ctx.exec, to, x, Trans::No, weight, Trans::Yes, 1.0, Store::Overwrite),
-        }
+        let x = x.into();
+        let (rows, cols) = (x.values.rows(), x.values.cols());
+        let mut out = vec![0.0; rows * n_out];
+        let weight = MatRef::dense(self.weight, n_out, cols);
+        linear(ctx.exec, x, weight, MatMut::dense(&mut out, rows, n_out), Store::Overwrite);
         if let Some(bias) = self.bias {
             elementwise::add_bias(ctx.exec, bias, &mut out);
         }
@@ -150,20 +132,13 @@ impl<'a> Linear<'a> {
         grads: LinearGrads<'_>,
         dx: Option<MatMut<'_>>,
     ) {
-        let LayerInput { values: x, shared } = x.into();
-        let n_out = self.weight.len() / x.cols();
-        let dy_mat = MatRef::dense(dy, x.rows(), n_out);
-        if let Some(dx) = dx {
-            let weight = MatRef::dense(self.weight, n_out, x.cols());
-            mixed_gemm(ctx.exec, dx, dy_mat, Trans::No, weight, Trans::No, 1.0, Store::Accumulate);
-        }
-        if let Some(dw) = grads.weight {
-            let dw = MatMut::dense(dw, n_out, x.cols());
-            match shared {
-                Some(shared) => shared.weight_grad(ctx.exec, dy_mat, dw),
-                None => mixed_gemm(ctx.exec, dw, dy_mat, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate),
-            }
-        }
+        let x = x.into();
+        let (rows, cols) = (x.values.rows(), x.values.cols());
+        let n_out = self.weight.len() / cols;
+        let dw = grads.weight.map(|dw| (x, MatMut::dense(dw, n_out, cols), Store::Accumulate));
+        let dx = dx.map(|dx| (dx, Store::Accumulate));
+        let (weight, dy_mat) = (MatRef::dense(self.weight, n_out, cols), MatRef::dense(dy, rows, n_out));
+        linear_backward(ctx.exec, weight, dy_mat, dw, dx);
         if let Some(db) = grads.bias {
             elementwise::add_column_sums(ctx.exec, dy, db);
         }

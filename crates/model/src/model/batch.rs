@@ -3,15 +3,17 @@
 use super::Model;
 use super::gates::{Gates, StreamingTape};
 use super::intervene::Edits;
-use super::parts::{MlpScratch, Qkv, copy_columns, linear, unpack};
+use super::parts::{MlpScratch, Qkv, copy_columns, unpack};
 use super::tokens::{TokenBatch, rows_of};
 use crate::error::Result;
 use crate::mixers::{self, HeadSaved, LayerInput};
 use crate::observe::{AttnView, LayerObserver};
-use crate::params::Grads;
+use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, attention};
+use kernels::elementwise::copy;
+use kernels::linear::{LayerWeight, RoundedWeight, linear, linear_backward};
 use kernels::packed::Shared;
-use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use kernels::{Exec, MatMut, MatRef, Store};
 
 /// Activations that a backward pass needs. Reuse one over steps: its buffers stay.
 #[derive(Default)]
@@ -124,7 +126,7 @@ impl Model {
         for layer in 0..self.config.layers {
             let memory = match tape.as_deref_mut() {
                 Some(tape) => {
-                    tape.layers[layer].input.clone_from(&h);
+                    copy(exec, &h, &mut tape.layers[layer].input);
                     if record { &mut tape.layers[layer] } else { &mut own }
                 }
                 None => &mut own,
@@ -164,7 +166,7 @@ impl Model {
         }
         self.output_projection(exec, layer, &memory.out, h);
         if record {
-            memory.mid.clone_from(h);
+            copy(exec, h, &mut memory.mid);
         }
     }
 
@@ -184,11 +186,12 @@ impl Model {
         let ids = &self.layout.layers[layer];
         let (groups, rows) = (self.config.kv_heads, batch.rows());
         let per_group = self.config.group_size() * self.config.head_dim;
-        let Scratch { x, packed_out, .. } = scratch;
+        let Scratch { x, packed_out, mlp, .. } = scratch;
         let LayerTape { qkv, out, lse, saved, .. } = memory;
         self.norm(exec, h, ids.input_norm, x);
         out.resize(rows * groups * per_group, 0.0);
-        self.project(exec, layer, x, batch, edits.and_then(|edits| edits.turn.as_ref()), qkv);
+        let turn = edits.and_then(|edits| edits.turn.as_ref());
+        self.project(exec, layer, x, batch, turn, qkv, &mut mlp.rounded);
         if ids.kept > 0 {
             let shape = self.attn_shape(ids.kept);
             let (q_width, kv_width) = (ids.kept * per_group, ids.kept * self.config.head_dim);
@@ -306,39 +309,55 @@ impl Model {
     /// `[rows, vocab]` logits of final hidden states.
     pub fn logits(&self, exec: &Exec, hidden: &[f32]) -> Vec<f32> {
         let mut logits = Vec::new();
-        self.logits_into(exec, hidden, &mut logits);
+        self.logits_into(exec, hidden, None, &mut logits);
         logits
     }
 
-    /// [`logits`](Self::logits) into a buffer that is reused from call to call.
-    pub fn logits_into(&self, exec: &Exec, hidden: &[f32], logits: &mut Vec<f32>) {
+    /// The output projection `[vocab, d_model]`.
+    pub fn output_weight(&self) -> MatRef<'_> {
+        MatRef::dense(self.params.data(self.layout.output), self.config.vocab, self.config.d_model)
+    }
+
+    /// The parameter of [`output_weight`](Self::output_weight): the embedding's where they are tied.
+    pub fn output_param(&self) -> ParamId {
+        self.layout.output
+    }
+
+    /// [`logits`](Self::logits) into a buffer that is reused from call to call; `rounded` is of [`output_weight`](Self::output_weight).
+    pub fn logits_into(
+        &self,
+        exec: &Exec,
+        hidden: &[f32],
+        rounded: Option<&RoundedWeight>,
+        logits: &mut Vec<f32>,
+    ) {
         let (d_model, vocab) = (self.config.d_model, self.config.vocab);
         let rows = hidden.len() / d_model;
         logits.resize(rows * vocab, 0.0);
-        let weight = self.params.data(self.layout.output);
-        linear(exec, hidden, weight, logits, rows, vocab, Store::Overwrite);
+        let weight = LayerWeight { values: self.output_weight(), rounded };
+        let x = MatRef::dense(hidden, rows, d_model);
+        linear(exec, x.into(), weight, MatMut::dense(logits, rows, vocab), Store::Overwrite);
     }
 
-    /// Backward of [`logits`](Self::logits) for some rows: adds to the output projection's gradient (when trainable) and returns the
+    /// Backward of [`logits_into`](Self::logits_into) for some rows: adds to the output projection's gradient (when trainable) and returns the
     /// gradient of `hidden`.
     pub fn logits_backward(
         &self,
         exec: &Exec,
         hidden: &[f32],
         dlogits: &[f32],
+        rounded: Option<&RoundedWeight>,
         grads: &mut Grads,
     ) -> Vec<f32> {
         let (d_model, vocab) = (self.config.d_model, self.config.vocab);
         let rows = hidden.len() / d_model;
-        let dlogits = MatRef::dense(dlogits, rows, vocab);
-        if let Some(grad) = grads.get_mut(self.layout.output) {
-            let (out, x) = (MatMut::dense(grad, vocab, d_model), MatRef::dense(hidden, rows, d_model));
-            mixed_gemm(exec, out, dlogits, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
-        }
         let mut dhidden = vec![0.0; hidden.len()];
-        let weight = MatRef::dense(self.params.data(self.layout.output), vocab, d_model);
-        let out = MatMut::dense(&mut dhidden, rows, d_model);
-        mixed_gemm(exec, out, dlogits, Trans::No, weight, Trans::No, 1.0, Store::Overwrite);
+        let weight = LayerWeight { values: self.output_weight(), rounded };
+        let dx = (MatMut::dense(&mut dhidden, rows, d_model), Store::Overwrite);
+        let x = MatRef::dense(hidden, rows, d_model);
+        let dw = grads.target(self.layout.output);
+        let dw = dw.map(|(dw, store)| (x.into(), MatMut::dense(dw, vocab, d_model), store));
+        linear_backward(exec, weight, MatRef::dense(dlogits, rows, vocab), dw, Some(dx));
         dhidden
     }
 }

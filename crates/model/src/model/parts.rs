@@ -7,8 +7,10 @@ use super::tokens::TokenBatch;
 use crate::params::ParamId;
 use kernels::attention::AttnShape;
 use kernels::elementwise::{add_bias, rms_norm, swiglu};
+use kernels::linear::{LayerInput, linear};
+use kernels::packed::{Shared, Uses};
 use kernels::rope::{RopeTable, Rotation, rope};
-use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use kernels::{Exec, MatMut, MatRef, Store};
 
 /// Attention inputs of a layer's kept groups, packed.
 #[derive(Default)]
@@ -33,8 +35,8 @@ pub(super) struct Block {
     pub rows: usize,
 }
 
-/// `out (+)= x · wᵀ`, `w` `[n, k]`.
-pub(super) fn linear(
+/// `out (+)= x · wᵀ` of dense matrices, `w` `[n, k]`.
+pub(super) fn linear_rows(
     exec: &Exec,
     x: &[f32],
     w: &[f32],
@@ -43,9 +45,20 @@ pub(super) fn linear(
     n: usize,
     store: Store,
 ) {
-    let k = w.len() / n;
-    let (x, w) = (MatRef::dense(x, rows, k), MatRef::dense(w, n, k));
-    mixed_gemm(exec, MatMut::dense(out, rows, n), x, Trans::No, w, Trans::Yes, 1.0, store);
+    let (x, w) = (MatRef::dense(x, rows, w.len() / n), MatRef::dense(w, n, w.len() / n));
+    linear(exec, x.into(), w, MatMut::dense(out, rows, n), store);
+}
+
+/// `x` `[rows, k]` as the input of several linear layers or of their weights' gradients, rounded in `memory` where that pays.
+pub(super) fn several<'a>(
+    exec: &Exec,
+    x: &'a [f32],
+    k: usize,
+    memory: &'a mut Shared,
+    uses: Uses,
+) -> LayerInput<'a> {
+    let values = MatRef::dense(x, x.len() / k, k);
+    LayerInput { values, shared: memory.set(exec, values, uses) }
 }
 
 /// Copies `cols` columns between row-major matrices of `rows` rows; `(start, width)` of source and destination.
@@ -104,25 +117,17 @@ impl Model {
     }
 
     /// One projection of all kept groups, packed.
-    fn project_block(
-        &self,
-        exec: &Exec,
-        layer: usize,
-        block: &Block,
-        x: &[f32],
-        rows: usize,
-        out: &mut Vec<f32>,
-    ) {
+    fn project_block(&self, exec: &Exec, layer: usize, block: &Block, x: LayerInput<'_>, out: &mut Vec<f32>) {
         let ids = &self.layout.layers[layer];
         let (d_model, width) = (self.config.d_model, ids.kept * block.rows);
+        let rows = x.values.rows();
         out.resize(rows * width, 0.0);
         let weight = self.params.data(block.weight);
-        let x = MatRef::dense(x, rows, d_model);
         for run in &ids.runs {
             let (n, first) = (run.groups * block.rows, run.group * block.rows);
             let w = MatRef::dense(&weight[first * d_model..(first + n) * d_model], n, d_model);
             let columns = MatMut::new(&mut out[run.packed * block.rows..], rows, n, width);
-            mixed_gemm(exec, columns, x, Trans::No, w, Trans::Yes, 1.0, Store::Overwrite);
+            linear(exec, x, w, columns, Store::Overwrite);
         }
         if let Some(bias) = block.bias {
             let mut packed = vec![0.0; width];
@@ -140,27 +145,31 @@ impl Model {
         batch: &TokenBatch,
         turn: Option<&RopeTable>,
         qkv: &mut Qkv,
+        rounded: &mut Shared,
     ) {
-        let (ids, rows) = (&self.layout.layers[layer], batch.rows());
+        let ids = &self.layout.layers[layer];
         if ids.kept == 0 {
             *qkv = Qkv::default();
             return;
         }
         let Qkv { q, k, v, q_raw, k_raw } = qkv;
+        let x = several(exec, x, self.config.d_model, rounded, Uses::Linear);
         let [q_block, k_block, v_block] = self.blocks(layer);
-        self.project_block(exec, layer, &v_block, x, rows, v);
+        self.project_block(exec, layer, &v_block, x, v);
         for (block, norm, raw, out) in [(&q_block, ids.q_norm, q_raw, q), (&k_block, ids.k_norm, k_raw, k)] {
             if let Some(norm) = norm {
-                self.project_block(exec, layer, block, x, rows, raw);
+                self.project_block(exec, layer, block, x, raw);
                 out.resize(raw.len(), 0.0);
                 rms_norm(exec, raw, self.params.data(norm), self.config.rms_eps, out);
             } else {
                 raw.clear();
-                self.project_block(exec, layer, block, x, rows, out);
+                self.project_block(exec, layer, block, x, out);
             }
             let width = ids.kept * block.rows;
             match turn {
-                Some(table) => table.rotate(exec, MatMut::dense(out, rows, width), self.config.head_dim),
+                Some(table) => {
+                    table.rotate(exec, MatMut::dense(out, batch.rows(), width), self.config.head_dim)
+                }
                 None => self.rotate(exec, out, width, batch, Rotation::Forward),
             }
         }
@@ -219,29 +228,32 @@ impl Model {
         up: &mut Vec<f32>,
     ) {
         let (d_model, down) = (self.config.d_model, self.params.data(self.layout.layers[layer].down));
-        let MlpScratch { x, act } = scratch;
-        self.gate_and_up(exec, layer, h, x, gate, up);
+        self.gate_and_up(exec, layer, h, scratch, gate, up);
+        let act = &mut scratch.act;
         act.resize(gate.len(), 0.0);
         swiglu(exec, gate, up, act);
-        linear(exec, act, down, h, h.len() / d_model, d_model, Store::Accumulate);
+        linear_rows(exec, act, down, h, h.len() / d_model, d_model, Store::Accumulate);
     }
 
-    /// The first half of [`mlp`](Self::mlp): norm of `h` into `x`, gate and up activations.
+    /// The first half of [`mlp`](Self::mlp): norm of `h` into `scratch`, gate and up activations.
     pub(super) fn gate_and_up(
         &self,
         exec: &Exec,
         layer: usize,
         h: &[f32],
-        x: &mut Vec<f32>,
+        scratch: &mut MlpScratch,
         gate: &mut Vec<f32>,
         up: &mut Vec<f32>,
     ) {
         let ids = &self.layout.layers[layer];
         let (rows, d_ff) = (h.len() / self.config.d_model, self.config.d_ff);
+        let MlpScratch { x, rounded, .. } = scratch;
         self.norm(exec, h, ids.post_norm, x);
+        let x = several(exec, x, self.config.d_model, rounded, Uses::Linear);
         for (id, out) in [(ids.gate, gate), (ids.up, up)] {
             out.resize(rows * d_ff, 0.0);
-            linear(exec, x, self.params.data(id), out, rows, d_ff, Store::Overwrite);
+            let weight = MatRef::dense(self.params.data(id), d_ff, self.config.d_model);
+            linear(exec, x, weight, MatMut::dense(out, rows, d_ff), Store::Overwrite);
         }
     }
 
@@ -249,7 +261,7 @@ impl Model {
     pub(super) fn output_projection(&self, exec: &Exec, layer: usize, out: &[f32], h: &mut [f32]) {
         let d_model = self.config.d_model;
         let weight = self.params.data(self.layout.layers[layer].o);
-        linear(exec, out, weight, h, h.len() / d_model, d_model, Store::Accumulate);
+        linear_rows(exec, out, weight, h, h.len() / d_model, d_model, Store::Accumulate);
     }
 }
 
@@ -258,6 +270,8 @@ impl Model {
 pub(super) struct MlpScratch {
     /// Block input after the norm.
     pub x: Vec<f32>,
+    /// The same, rounded.
+    pub rounded: Shared,
     /// `silu(gate) · up`.
     pub act: Vec<f32>,
 }

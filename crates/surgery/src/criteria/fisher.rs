@@ -72,7 +72,7 @@ fn sampled_gradient(
         exec.parallel_chunks(&mut logits, vocab, |row, logits| {
             sample_softmax(logits, draws[row]);
         });
-        dhidden.extend(model.logits_backward(exec, chunk, &logits, grads));
+        dhidden.extend(model.logits_backward(exec, chunk, &logits, None, grads));
     }
     dhidden
 }

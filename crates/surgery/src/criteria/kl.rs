@@ -81,7 +81,7 @@ fn layer_kl(
     let mut sums = vec![0.0; groups];
     let (mut base, mut logits) = (Vec::new(), Vec::new());
     for (chunk, hidden) in trace.hidden.chunks(LOGIT_ROWS * d_model).enumerate() {
-        model.logits_into(exec, hidden, &mut base);
+        model.logits_into(exec, hidden, None, &mut base);
         let start = chunk * LOGIT_ROWS * d_model;
         let mut kl = vec![0.0; hidden.len() / d_model];
         for (changed, sum) in changed.iter().zip(&mut sums) {
@@ -90,7 +90,7 @@ fn layer_kl(
             if changed == hidden {
                 continue;
             }
-            model.logits_into(exec, changed, &mut logits);
+            model.logits_into(exec, changed, None, &mut logits);
             kl_divergence(exec, &base, &logits, vocab, 1.0, &mut kl, None);
             *sum += kl.iter().map(|&kl| f64::from(kl)).sum::<f64>();
         }

@@ -4,7 +4,7 @@ use super::inputs::{Collector, LayerInputs};
 use crate::error::{Result, TrainError};
 use crate::optim::{Moments, StepRule, clip_scale};
 use crate::teacher::teacher;
-use kernels::elementwise::dot;
+use kernels::elementwise::tensor_dot;
 use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm, mixed_gemm};
 use model::mixers::{self, HeadEnv, HeadLayout, HeadTensors, TensorClass};
 use model::{Engine, Model, ModelError, Progress, TokenBatch};
@@ -229,7 +229,7 @@ impl GroupTrainer {
             .map(|s| {
                 let o = target(s).to_dense();
                 self.times_gram(exec, &o, &mut products);
-                dot(&products, &o)
+                tensor_dot(exec.isa(), &products, &o)
             })
             .sum();
         if context.fit {
@@ -253,13 +253,13 @@ impl GroupTrainer {
             let saved = mixers::forward_train(exec, &env, x, MatMut::dense(&mut diff, seq, width));
             subtract(&mut diff, target(s));
             self.times_gram(exec, &diff, &mut products);
-            error += dot(&products, &diff);
+            error += tensor_dot(exec.isa(), &products, &diff);
             products.iter_mut().for_each(|p| *p *= scale);
             let dout = MatRef::dense(&products, seq, width);
             mixers::backward(exec, &env, x, &saved, dout, Some(&mut self.grads), None, None);
         }
         self.error = relative(error, reference);
-        self.norm2 = self.grads.values.iter().map(|g| dot(g, g)).sum();
+        self.norm2 = self.grads.values.iter().map(|g| tensor_dot(exec.isa(), g, g)).sum();
     }
 
     /// Squared error and squared reference of one sequence.
@@ -278,10 +278,10 @@ impl GroupTrainer {
         subtract(&mut diff, target);
         let mut products = Vec::new();
         self.times_gram(exec, &diff, &mut products);
-        let error = dot(&products, &diff);
+        let error = tensor_dot(exec.isa(), &products, &diff);
         let o = target.to_dense();
         self.times_gram(exec, &o, &mut products);
-        (error, dot(&products, &o))
+        (error, tensor_dot(exec.isa(), &products, &o))
     }
 
     /// `out = values · gram`, both `[seq, G·D]`.

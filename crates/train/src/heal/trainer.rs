@@ -6,8 +6,9 @@ use super::{HealOptions, Stage, Trainable};
 use crate::error::{Result, TrainError};
 use crate::optim::{Moments, StepRule, clip_scale, sum_of_squares};
 use crate::teacher::teacher;
-use kernels::Exec;
+use kernels::linear::RoundedWeight;
 use kernels::loss::{cross_entropy, kl_divergence};
+use kernels::{Exec, Store};
 use model::mixers::TensorClass;
 use model::plan::PlanModel;
 use model::{Engine, Grads, Model, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
@@ -73,6 +74,9 @@ pub struct Trainer<'a> {
     grads: Grads,
     tape: Tape,
     logits: LogitBuffers,
+    output: RoundedWeight,
+    /// Whether `output` is the hybrid's, rounded: until a step changes it.
+    output_is_set: bool,
 }
 
 /// Of [`LOGIT_ROWS`] rows, reused from chunk to chunk.
@@ -153,6 +157,8 @@ impl<'a> Trainer<'a> {
             grads: Grads::zeros(&hybrid.params, &ids),
             tape: if options.checkpoint_activations { Tape::checkpointed() } else { Tape::default() },
             logits: LogitBuffers::default(),
+            output: RoundedWeight::default(),
+            output_is_set: false,
         })
     }
 
@@ -193,6 +199,7 @@ impl<'a> Trainer<'a> {
             }
         }
         self.steps = step;
+        self.output_is_set &= !self.grads.wants(hybrid.output_param()) && self.low_rank.is_empty();
         let rule = StepRule {
             betas: self.betas,
             weight_decay: self.weight_decay,
@@ -231,6 +238,7 @@ impl<'a> Trainer<'a> {
             let (kl, ce) = self.backpropagate(hybrid, batch, rows, targets)?;
             (kl_sum, ce_sum) = (kl_sum + kl, ce_sum + ce);
         }
+        self.grads.settle();
         for LowRank { id, factors, grads, .. } in &mut self.low_rank {
             if let Some(dw) = self.grads.get(*id) {
                 factors.backward(self.exec, dw, grads);
@@ -272,23 +280,30 @@ impl<'a> Trainer<'a> {
         };
         let hidden = hybrid.forward_batch(exec, batch, &mut NoObserver, Some(&mut self.tape))?;
         let labels = next_tokens(batch);
+        if !self.output_is_set {
+            self.output_is_set = self.output.set(exec, hybrid.output_weight());
+        }
+        let output = self.output_is_set.then_some(&self.output);
         let mut dhidden = Vec::with_capacity(hidden.len());
         let (mut kl_sum, mut ce_sum) = (0.0, 0.0);
         let LogitBuffers { own: logits, teacher: wanted, gradient: dlogits, values } = &mut self.logits;
         for (chunk, labels) in labels.chunks(LOGIT_ROWS).enumerate() {
             let range = chunk * LOGIT_ROWS * d_model..(chunk * LOGIT_ROWS + labels.len()) * d_model;
             let h = &hidden[range.clone()];
-            hybrid.logits_into(exec, h, logits);
+            hybrid.logits_into(exec, h, output, logits);
             dlogits.resize(logits.len(), 0.0);
             values.resize(labels.len(), 0.0);
-            cross_entropy(exec, logits, vocab, labels, ce_weight, values, Some(dlogits));
+            let next_token = teacher.is_none() || ce_weight != 0.0;
+            let gradient = next_token.then_some(dlogits.as_mut_slice());
+            cross_entropy(exec, logits, vocab, labels, ce_weight, values, gradient);
             ce_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             if let Some((engine, hidden)) = &teacher {
                 engine.logits_into(exec, &hidden[range], wanted);
-                kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some(dlogits));
+                let store = if next_token { Store::Accumulate } else { Store::Overwrite };
+                kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some((dlogits, store)));
                 kl_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             }
-            dhidden.extend(hybrid.logits_backward(exec, h, dlogits, &mut self.grads));
+            dhidden.extend(hybrid.logits_backward(exec, h, dlogits, output, &mut self.grads));
         }
         hybrid.backward(exec, batch, &self.tape, &dhidden, &mut self.grads, &mut NoObserver, false);
         Ok((kl_sum, ce_sum))

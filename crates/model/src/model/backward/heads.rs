@@ -40,7 +40,7 @@ impl Model {
         let groups: Vec<usize> = (0..ids.converted.len())
             .filter(|&i| {
                 let group = ids.converted[i];
-                need_dx || base_wanted || ids.heads[group].iter().any(|&id| grads.get(id).is_some())
+                need_dx || base_wanted || ids.heads[group].iter().any(|&id| grads.wants(id))
             })
             .collect();
         let jobs = groups.len() * sequences;
@@ -90,7 +90,7 @@ impl Model {
         let env = self.head_env(layer, group).expect("a converted group has a layout");
         let per_group = self.config.group_size() * self.config.head_dim;
         let seq = dout.rows();
-        let trained = self.head_param_ids(layer, group).iter().any(|&id| grads.get(id).is_some());
+        let trained = self.head_param_ids(layer, group).iter().any(|&id| grads.wants(id));
         let mut job = HeadJob {
             tensors: trained.then(|| env.layout.zeros()),
             base: self.base_grads(layer, grads),
@@ -111,8 +111,7 @@ impl Model {
         let ids = &self.layout.layers[layer];
         let (d_model, d) = (self.config.d_model, self.config.head_dim);
         let q_rows = self.config.group_size() * d;
-        let wanted =
-            |id: Option<ParamId>, len| id.filter(|&id| grads.get(id).is_some()).map(|_| vec![0.0; len]);
+        let wanted = |id: Option<ParamId>, len| id.filter(|&id| grads.wants(id)).map(|_| vec![0.0; len]);
         // The local part of mamba2 and gated-delta reads the head's own projections, but the base's norms.
         let projections = matches!(head.spec.recurrent, RecurrentKind::None | RecurrentKind::Mamba);
         let projection = |id: Option<ParamId>, len| wanted(id.filter(|_| projections), len);

@@ -6,14 +6,16 @@ use super::Model;
 use super::batch::{self, Forward, LayerTape, Tape};
 use super::gates::Part;
 use super::layout::Run;
-use super::parts::{Block, pack};
+use super::parts::{Block, pack, several};
 use super::tokens::{TokenBatch, rows_of};
 use crate::observe::{GradObserver, NoObserver};
 use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
 use kernels::elementwise::{add_column_sums, rms_norm_backward, swiglu, swiglu_backward};
+use kernels::linear::{LayerInput, linear_backward};
+use kernels::packed::{Shared, Uses};
 use kernels::rope::Rotation;
-use kernels::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use kernels::{Exec, MatMut, MatRef, Store};
 use std::borrow::Cow;
 
 /// What a layer's backward reads.
@@ -31,7 +33,6 @@ struct Pass<'a> {
 struct Replay {
     memory: LayerTape,
     h: Vec<f32>,
-    x: Vec<f32>,
     scratch: batch::Scratch,
 }
 
@@ -39,6 +40,7 @@ struct Replay {
 #[derive(Default)]
 struct Scratch {
     x: Vec<f32>,
+    rounded: Shared,
     dx: Vec<f32>,
     act: Vec<f32>,
     dact: Vec<f32>,
@@ -53,32 +55,13 @@ fn zeroed(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     buffer
 }
 
-/// `dw += dyᵀ · x` for a trainable `[n, k]` weight.
-fn weight_grad(
-    exec: &Exec,
-    grads: &mut Grads,
-    id: ParamId,
-    dy: &[f32],
-    x: &[f32],
-    (rows, n, k): (usize, usize, usize),
-) {
-    if let Some(grad) = grads.get_mut(id) {
-        let (dy, x) = (MatRef::dense(dy, rows, n), MatRef::dense(x, rows, k));
-        mixed_gemm(exec, MatMut::dense(grad, n, k), dy, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
-    }
-}
-
-/// `dx (+)= dy · w`, `w` `[n, k]`.
-fn input_grad(
-    exec: &Exec,
-    dy: &[f32],
-    w: &[f32],
-    dx: &mut [f32],
-    (rows, n, k): (usize, usize, usize),
-    store: Store,
-) {
-    let (dy, w) = (MatRef::dense(dy, rows, n), MatRef::dense(w, n, k));
-    mixed_gemm(exec, MatMut::dense(dx, rows, k), dy, Trans::No, w, Trans::No, 1.0, store);
+/// A linear layer of all groups: its weight `[n, k]`, and its input, which may be missing where the weight does not train.
+#[derive(Clone, Copy)]
+struct Layer<'a> {
+    weight: ParamId,
+    n: usize,
+    k: usize,
+    x: Option<LayerInput<'a>>,
 }
 
 fn add(from: &[f32], to: &mut [f32]) {
@@ -109,11 +92,11 @@ impl Model {
             return;
         }
         assert_eq!(tape.last.len(), values, "the tape does not hold a complete pass over this batch");
-        let below_layers = grads.get(self.layout.embed).is_some();
+        let below_layers = grads.wants(self.layout.embed);
         let lowest = if below_layers || observe_all {
             Some(0)
         } else {
-            (0..self.config.layers).find(|&l| self.layer_params(l).any(|id| grads.get(id).is_some()))
+            (0..self.config.layers).find(|&l| self.layer_params(l).any(|id| grads.wants(id)))
         };
         let mut dh = vec![0.0; values];
         let norm = self.layout.norm;
@@ -150,12 +133,12 @@ impl Model {
 
     /// Fills `replay.memory` with what the layer's forward pass over `input` would have left on a complete tape.
     fn replay(&self, exec: &Exec, batch: &TokenBatch, layer: usize, input: &[f32], replay: &mut Replay) {
-        let Replay { memory, h, x, scratch } = replay;
+        let Replay { memory, h, scratch } = replay;
         h.clear();
         h.extend_from_slice(input);
         let pass = Forward { exec, batch, record: true, gates: None, edits: None };
         self.attention_block(&pass, layer, h, memory, scratch, &mut NoObserver);
-        self.gate_and_up(exec, layer, h, x, &mut memory.gate, &mut memory.up);
+        self.gate_and_up(exec, layer, h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
     }
 
     /// Every parameter of a layer.
@@ -179,27 +162,50 @@ impl Model {
         let LayerTape { mid, gate, up, .. } = memory;
         let ids = &self.layout.layers[layer];
         let (rows, d_model, d_ff) = (batch.rows(), self.config.d_model, self.config.d_ff);
-        let Scratch { x, dx, act, dact, dgate, dup, .. } = scratch;
-        if grads.get(ids.down).is_some() {
+        let Scratch { x, rounded, dx, act, dact, dgate, dup, .. } = scratch;
+        let act = grads.wants(ids.down).then(|| {
             act.resize(rows * d_ff, 0.0);
             swiglu(exec, gate, up, act);
-            weight_grad(exec, grads, ids.down, dh, act, (rows, d_model, d_ff));
-        }
+            MatRef::dense(act, rows, d_ff).into()
+        });
         for buffer in [&mut *dact, &mut *dgate, &mut *dup] {
             buffer.resize(rows * d_ff, 0.0);
         }
-        input_grad(exec, dh, self.params.data(ids.down), dact, (rows, d_model, d_ff), Store::Overwrite);
+        let down = Layer { weight: ids.down, n: d_model, k: d_ff, x: act };
+        self.layer_backward(exec, down, dh, grads, dact, Store::Overwrite);
         swiglu_backward(exec, gate, up, dact, dgate, dup);
-        if grads.get(ids.gate).is_some() || grads.get(ids.up).is_some() {
+        let trains = [ids.gate, ids.up].iter().any(|&id| grads.wants(id));
+        let x = trains.then(|| {
             self.norm(exec, mid, ids.post_norm, x);
-            weight_grad(exec, grads, ids.gate, dgate, x, (rows, d_ff, d_model));
-            weight_grad(exec, grads, ids.up, dup, x, (rows, d_ff, d_model));
-        }
+            several(exec, x, d_model, rounded, Uses::WeightGrads)
+        });
         dx.resize(rows * d_model, 0.0);
-        input_grad(exec, dgate, self.params.data(ids.gate), dx, (rows, d_ff, d_model), Store::Overwrite);
-        input_grad(exec, dup, self.params.data(ids.up), dx, (rows, d_ff, d_model), Store::Accumulate);
+        let layer = |weight| Layer { weight, n: d_ff, k: d_model, x };
+        self.layer_backward(exec, layer(ids.gate), dgate, grads, dx, Store::Overwrite);
+        self.layer_backward(exec, layer(ids.up), dup, grads, dx, Store::Accumulate);
         let norm = self.params.data(ids.post_norm);
         rms_norm_backward(exec, mid, norm, self.config.rms_eps, dx, dh, grads.get_mut(ids.post_norm));
+    }
+
+    /// Gradients of a linear layer's weight, where it trains, and of its input: `dx = dy · weight` (or `+=`).
+    fn layer_backward(
+        &self,
+        exec: &Exec,
+        layer: Layer<'_>,
+        dy: &[f32],
+        grads: &mut Grads,
+        dx: &mut [f32],
+        store: Store,
+    ) {
+        let Layer { weight, n, k, x } = layer;
+        let rows = dy.len() / n;
+        let dw = grads.target(weight).map(|(dw, store)| {
+            let x = x.expect("the input of a layer that trains");
+            (x, MatMut::dense(dw, n, k), store)
+        });
+        let weight = MatRef::dense(self.params.data(weight), n, k);
+        let dx = (MatMut::dense(dx, rows, k), store);
+        linear_backward(exec, weight, MatRef::dense(dy, rows, n), dw, Some(dx));
     }
 
     /// Turns the gradient between attention and MLP into that of the layer's input; `below`: whether anybody needs the latter.
@@ -218,14 +224,15 @@ impl Model {
         let ids = &self.layout.layers[layer];
         let (rows, d_model, width) =
             (batch.rows(), self.config.d_model, self.config.heads * self.config.head_dim);
-        let Scratch { x, dx, dout, .. } = scratch;
-        weight_grad(exec, grads, ids.o, dh, &memory.out, (rows, d_model, width));
+        let Scratch { x, rounded, dx, dout, .. } = scratch;
         dout.resize(rows * width, 0.0);
-        input_grad(exec, dh, self.params.data(ids.o), dout, (rows, d_model, width), Store::Overwrite);
+        let out = Some(MatRef::dense(&memory.out, rows, width).into());
+        let o = Layer { weight: ids.o, n: d_model, k: width, x: out };
+        self.layer_backward(exec, o, dh, grads, dout, Store::Overwrite);
         for (sequence, rows) in batch.ranges().enumerate() {
             observer.head_outputs(layer, sequence, rows_of(dout, rows, width));
         }
-        let need_dx = below || grads.get(ids.input_norm).is_some();
+        let need_dx = below || grads.wants(ids.input_norm);
         let trains_qkv = [
             Some(ids.q),
             Some(ids.k),
@@ -238,14 +245,18 @@ impl Model {
         ]
         .into_iter()
         .flatten()
-        .any(|id| grads.get(id).is_some());
-        let trains_heads = ids.heads.iter().flatten().any(|&id| grads.get(id).is_some());
+        .any(|id| grads.wants(id));
+        let trains_heads = ids.heads.iter().flatten().any(|&id| grads.wants(id));
         if !(need_dx || trains_qkv || trains_heads) {
             return;
         }
         self.norm(exec, input, ids.input_norm, x);
         zeroed(dx, if need_dx { rows * d_model } else { 0 });
         if need_dx || trains_qkv {
+            let x = match [ids.q, ids.k, ids.v].iter().any(|&id| grads.wants(id)) {
+                true => several(exec, x, d_model, rounded, Uses::WeightGrads),
+                false => MatRef::dense(x, rows, d_model).into(),
+            };
             self.kept_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx));
         }
         self.converted_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx));
@@ -260,7 +271,7 @@ impl Model {
         &self,
         pass: &Pass<'_>,
         layer: usize,
-        x: &[f32],
+        x: LayerInput<'_>,
         dout: &[f32],
         grads: &mut Grads,
         mut dx: Option<&mut Vec<f32>>,
@@ -342,29 +353,25 @@ impl Model {
         exec: &Exec,
         runs: &[Run],
         block: &Block,
-        x: &[f32],
+        x: LayerInput<'_>,
         grad: &[f32],
         grads: &mut Grads,
         mut dx: Option<&mut Vec<f32>>,
     ) {
-        let d_model = self.config.d_model;
-        let rows = x.len() / d_model;
+        let (rows, d_model) = (x.values.rows(), x.values.cols());
         let width = grad.len() / rows;
         let weight = self.params.data(block.weight);
-        let x = MatRef::dense(x, rows, d_model);
         for run in runs {
             let (n, first) = (run.groups * block.rows, run.group * block.rows);
             let columns = MatRef::dense(grad, rows, width).columns(run.packed * block.rows, n);
             let w = first * d_model..(first + n) * d_model;
-            if let Some(target) = grads.get_mut(block.weight) {
-                let target = MatMut::dense(&mut target[w.clone()], n, d_model);
-                mixed_gemm(exec, target, columns, Trans::Yes, x, Trans::No, 1.0, Store::Accumulate);
-            }
-            if let Some(dx) = dx.as_deref_mut() {
-                let w = MatRef::dense(&weight[w], n, d_model);
-                let target = MatMut::dense(dx, rows, d_model);
-                mixed_gemm(exec, target, columns, Trans::No, w, Trans::No, 1.0, Store::Accumulate);
-            }
+            let dw = match n * d_model == weight.len() {
+                true => grads.target(block.weight),
+                false => grads.get_mut(block.weight).map(|dw| (&mut dw[w.clone()], Store::Accumulate)),
+            };
+            let dw = dw.map(|(dw, store)| (x, MatMut::dense(dw, n, d_model), store));
+            let dx = dx.as_deref_mut().map(|dx| (MatMut::dense(dx, rows, d_model), Store::Accumulate));
+            linear_backward(exec, MatRef::dense(&weight[w], n, d_model), columns, dw, dx);
         }
         if let Some(target) = block.bias.and_then(|bias| grads.get_mut(bias)) {
             let mut sums = vec![0.0; width];

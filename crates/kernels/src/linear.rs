@@ -1,0 +1,191 @@
+//! Linear layers of training, `y = x · Wᵀ`, in the context's precision: forward and both gradients, every operand rounded once.
+//! Knows matrices; knows nothing of models.
+
+use crate::packed::{self, Packed, Shared};
+use crate::{Exec, MatMut, MatRef, Precision, Store, Trans, mixed_gemm};
+
+/// What a linear layer reads, `[rows, in_features]`, with its rounded forms where somebody made them for several layers at once.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerInput<'a> {
+    /// The values.
+    pub values: MatRef<'a>,
+    /// Of the same values.
+    pub shared: Option<&'a Shared>,
+}
+
+impl<'a> From<MatRef<'a>> for LayerInput<'a> {
+    fn from(values: MatRef<'a>) -> Self {
+        Self { values, shared: None }
+    }
+}
+
+/// A weight `[out_features, in_features]`, with its rounded forms where somebody made them for several products.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerWeight<'a> {
+    /// The values.
+    pub values: MatRef<'a>,
+    /// Of the same values.
+    pub rounded: Option<&'a RoundedWeight>,
+}
+
+impl<'a> From<MatRef<'a>> for LayerWeight<'a> {
+    fn from(values: MatRef<'a>) -> Self {
+        Self { values, rounded: None }
+    }
+}
+
+/// A weight as the right side of the forward product and of its input's gradient.
+#[derive(Debug)]
+pub struct RoundedWeight {
+    forward: Packed,
+    backward: Packed,
+}
+
+impl Default for RoundedWeight {
+    /// Of no weight.
+    fn default() -> Self {
+        Self { forward: Packed::empty(), backward: Packed::empty() }
+    }
+}
+
+impl RoundedWeight {
+    /// Becomes `weight`, rounded; memory only grows. `false` where the context multiplies in f32.
+    pub fn set(&mut self, exec: &Exec, weight: MatRef<'_>) -> bool {
+        if exec.precision() == Precision::F32 {
+            return false;
+        }
+        self.forward.set_bf16(exec, weight, Trans::Yes);
+        self.backward.set_bf16(exec, weight, Trans::No);
+        true
+    }
+}
+
+/// `out = x · weightᵀ` (or `+=`).
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn linear<'w>(
+    exec: &Exec,
+    x: LayerInput<'_>,
+    weight: impl Into<LayerWeight<'w>>,
+    out: MatMut<'_>,
+    store: Store,
+) {
+    let LayerWeight { values: weight, rounded } = weight.into();
+    match (x.shared, rounded) {
+        (Some(shared), None) => shared.linear(exec, weight, out, store),
+        (None, Some(rounded)) if packed::pays(exec, x.values.rows(), weight.rows(), weight.cols()) => {
+            packed::product_with(exec, out, x.values, &rounded.forward, store);
+        }
+        _ => mixed_gemm(exec, out, x.values, Trans::No, weight, Trans::Yes, 1.0, store),
+    }
+}
+
+/// Gradients of [`linear`] from that of its output, `dy` `[rows, out_features]`: `dw = dyᵀ · x` and `dx = dy · weight` (or `+=`), those that
+/// are wanted; `x` comes with `dw`, which alone needs it.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn linear_backward<'w>(
+    exec: &Exec,
+    weight: impl Into<LayerWeight<'w>>,
+    dy: MatRef<'_>,
+    dw: Option<(LayerInput<'_>, MatMut<'_>, Store)>,
+    dx: Option<(MatMut<'_>, Store)>,
+) {
+    let LayerWeight { values: weight, rounded } = weight.into();
+    let (rows, n, k) = (dy.rows(), dy.cols(), weight.cols());
+    let rounds = exec.precision() != Precision::F32
+        && packed::pays(exec, rows, k, n)
+        && packed::pays(exec, n, k, rows);
+    let (dw, dx) = match (dw, dx) {
+        (Some((x, dw, store)), Some(dx)) if rounds => {
+            let rounded = rounded.map(|rounded| &rounded.backward);
+            return packed::linear_backward(
+                exec,
+                (x.values, x.shared),
+                (weight, rounded),
+                dy,
+                (dw, store),
+                dx,
+            );
+        }
+        other => other,
+    };
+    if let Some((dx, store)) = dx {
+        match rounded.filter(|_| packed::pays(exec, rows, k, n)) {
+            Some(rounded) => packed::product_with(exec, dx, dy, &rounded.backward, store),
+            None => mixed_gemm(exec, dx, dy, Trans::No, weight, Trans::No, 1.0, store),
+        }
+    }
+    if let Some((x, dw, store)) = dw {
+        match x.shared {
+            Some(shared) => shared.weight_grad(exec, dy, dw, store),
+            None => mixed_gemm(exec, dw, dy, Trans::Yes, x.values, Trans::No, 1.0, store),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::IsaLevel;
+    use crate::naive::gemm::gemm as naive;
+    use crate::testing::{assert_close, execs, execs_and_modelled_amx, noise, to_f64};
+
+    /// Every context in f32, and those that can in bfloat16, with the error that each may have: of sums of up to 600 products of values of
+    /// 1/3 in the mean of squares, whose factors lose up to 1/256.
+    fn contexts() -> Vec<(Exec, f64)> {
+        let rounding =
+            execs_and_modelled_amx().into_iter().filter(|exec| exec.isa().level() >= IsaLevel::Avx512Bf16);
+        let rounding = rounding.map(|exec| (exec.with_precision(Precision::Bf16).unwrap(), 0.1));
+        execs().into_iter().map(|exec| (exec, 1e-5)).chain(rounding).collect()
+    }
+
+    #[test]
+    fn both_gradients_agree_with_naive_at_every_size() {
+        for (exec, tolerance) in contexts() {
+            for (rows, n, k) in [(1, 3, 5), (9, 4, 33), (40, 33, 70), (65, 130, 96), (600, 48, 17)] {
+                let (x, w, dy) = (noise(1, rows * k), noise(2, n * k), noise(3, rows * n));
+                let (x6, w6, dy6) = (to_f64(&x), to_f64(&w), to_f64(&dy));
+                let dw_wanted = naive(n, k, rows, &dy6, Trans::Yes, &x6, Trans::No, 1.0);
+                let dx_wanted = naive(rows, k, n, &dy6, Trans::No, &w6, Trans::No, 1.0);
+                let y_wanted = naive(rows, n, k, &x6, Trans::No, &w6, Trans::Yes, 1.0);
+                let (x, w, dy) =
+                    (MatRef::dense(&x, rows, k), MatRef::dense(&w, n, k), MatRef::dense(&dy, rows, n));
+                let shared = Shared::new(&exec, x);
+                let mut kept = RoundedWeight::default();
+                let kept = kept.set(&exec, w).then_some(&kept);
+                for (shared, rounded) in [(None, None), (shared.as_ref(), None), (None, kept)] {
+                    let x = LayerInput { values: x, shared };
+                    let w = LayerWeight { values: w, rounded };
+                    for (with_dw, with_dx, store) in [
+                        (true, true, Store::Overwrite),
+                        (true, true, Store::Accumulate),
+                        (true, false, Store::Overwrite),
+                        (true, false, Store::Accumulate),
+                        (false, true, Store::Overwrite),
+                    ] {
+                        let old = if store == Store::Accumulate { 1.0 } else { f32::NAN };
+                        let (mut dw, mut dx) = (vec![old; n * k], vec![old; rows * k]);
+                        let to_dw = with_dw.then(|| (x, MatMut::dense(&mut dw, n, k), store));
+                        let to_dx = with_dx.then(|| (MatMut::dense(&mut dx, rows, k), store));
+                        linear_backward(&exec, w, dy, to_dw, to_dx);
+                        if store == Store::Accumulate {
+                            dw.iter_mut().chain(&mut dx).for_each(|value| *value -= 1.0);
+                        }
+                        if with_dw {
+                            assert_close("dw", &dw, &dw_wanted, tolerance);
+                        }
+                        if with_dx {
+                            assert_close("dx", &dx, &dx_wanted, tolerance);
+                        }
+                    }
+                    let mut y = vec![f32::NAN; rows * n];
+                    linear(&exec, x, w, MatMut::dense(&mut y, rows, n), Store::Overwrite);
+                    assert_close("y", &y, &y_wanted, tolerance);
+                }
+            }
+        }
+    }
+}
