@@ -16,6 +16,8 @@ pub struct Ui {
     label: String,
     unit: String,
     started: Instant,
+    /// Units that were done when the phase began.
+    resumed: u64,
     last_log: Instant,
     cancelled: Arc<AtomicBool>,
     terminal: bool,
@@ -39,6 +41,7 @@ impl Ui {
             label: String::new(),
             unit: String::new(),
             started: now,
+            resumed: 0,
             last_log: now,
             cancelled,
             terminal,
@@ -85,6 +88,7 @@ impl model::Progress for Ui {
         bar.set_message(label.to_string());
         (self.label, self.unit) = (label.to_string(), unit.to_string());
         self.started = Instant::now();
+        self.resumed = 0;
         self.last_log = self.started;
         self.bar = Some(bar);
     }
@@ -98,13 +102,20 @@ impl model::Progress for Ui {
         if !self.terminal && self.last_log.elapsed() >= LOG_EVERY {
             self.last_log = Instant::now();
             let done = bar.position();
-            let rate = done as f64 / self.started.elapsed().as_secs_f64();
+            let rate = (done - self.resumed) as f64 / self.started.elapsed().as_secs_f64();
             let eta = bar.length().filter(|&total| total >= done && rate > 0.0).map(|total| {
                 format!(", ETA {}", HumanDuration(Duration::from_secs_f64((total - done) as f64 / rate)))
             });
             let of = bar.length().map(|t| format!("/{t}")).unwrap_or_default();
             eprintln!("{} {done}{of} {} ({rate:.0}/s{})", bar.message(), self.unit, eta.unwrap_or_default());
         }
+    }
+
+    fn resumed(&mut self, n: u64) {
+        let Some(bar) = &self.bar else { return };
+        bar.set_position(n);
+        bar.reset_eta();
+        self.resumed = n;
     }
 
     fn finish(&mut self) {

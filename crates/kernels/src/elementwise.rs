@@ -302,18 +302,14 @@ pub fn tensor_dot(isa: Isa, a: &[f32], b: &[f32]) -> f64 {
     const SUMS: usize = 32;
     dispatch!(isa, {
         let mut acc = [0.0f64; SUMS];
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>());
-        for (a, b) in a.iter().zip(b) {
-            for i in 0..SUMS {
-                acc[i] += f64::from(a[i]) * f64::from(b[i]);
+        for (a, b) in a.chunks(SUMS).zip(b.chunks(SUMS)) {
+            for ((acc, &a), &b) in acc.iter_mut().zip(a).zip(b) {
+                *acc += f64::from(a) * f64::from(b);
             }
         }
-        for i in 0..a_rest.len() {
-            acc[i] += f64::from(a_rest[i]) * f64::from(b_rest[i]);
-        }
         let mut sum = 0.0;
-        for i in 0..SUMS {
-            sum += acc[i];
+        for acc in acc {
+            sum += acc;
         }
         sum
     })

@@ -5,7 +5,7 @@
 use crate::chunk::{CHUNK, Decay, check_len, scale};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, exp};
-use crate::{Exec, MatMut, MatRef, STACK, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, STACK, Store, Trans, gemm, mixed_gemm};
 use smallvec::{SmallVec, smallvec};
 
 mod backward;
@@ -102,7 +102,8 @@ impl<'a> DeltaInputs<'a> {
 /// Inside a chunk `S_t = e^{c_t} S_0 + Σ_{s≤t} e^{c_t−c_s} k_s w_sᵀ`, where `c` sums the log decays and the corrections `w`
 /// solve `(I + T) w = β (v − e^c S_0ᵀ k)` with `T_ts = β_t e^{c_t−c_s} k_t·k_s` for `s < t`. `I + T` is inverted for all chunks
 /// at once (its inverse has no entry above 1 for keys of norm ≤ 1); a pass over the chunks then finds states and
-/// corrections, and all outputs follow.
+/// corrections, and all outputs follow. Products of queries and outputs are in the context's precision; what the recurrence is solved with
+/// and the states stay f32.
 ///
 /// Panics when a length does not fit. Source: arXiv 2412.06464, section 3.3, and arXiv 2406.06484 (UT transform).
 pub fn gated_delta(
@@ -173,6 +174,14 @@ fn products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &
         1.0,
         Store::Overwrite,
     );
+}
+
+/// [`products`] of many rows in the context's precision.
+fn query_products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
+    let columns = b.len() / width;
+    let (a, b) = (MatRef::dense(a, rows, width), MatRef::dense(b, columns, width));
+    let out = MatMut::new(out, rows, columns, CHUNK);
+    mixed_gemm(exec, out, a, Trans::No, b, Trans::Yes, 1.0, Store::Overwrite);
 }
 
 /// Multiplies row `t` of a chunk's scores by the decays since each token; tokens after `t` get 0.
@@ -273,7 +282,7 @@ fn chunk_output(
 ) {
     let DeltaShape { seq, heads, d_state, head_dim } = shape;
     let rows = seq * heads;
-    gemm(
+    mixed_gemm(
         exec,
         MatMut::dense(y, rows, head_dim),
         MatRef::dense(inputs.q, rows, d_state),
@@ -289,9 +298,9 @@ fn chunk_output(
         }
     });
     let mut scores = vec![0.0; rows * CHUNK];
-    products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
+    query_products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
     dispatch!(exec.isa(), |s| weigh_heads(s, &solver.decay, heads, &mut scores));
-    gemm(
+    mixed_gemm(
         exec,
         MatMut::dense(y, rows, head_dim),
         MatRef::new(&scores, rows, seq, CHUNK),

@@ -41,22 +41,16 @@ pub struct RoundedWeight {
     backward: Packed,
 }
 
-impl Default for RoundedWeight {
-    /// Of no weight.
-    fn default() -> Self {
-        Self { forward: Packed::empty(), backward: Packed::empty() }
-    }
-}
-
 impl RoundedWeight {
-    /// Becomes `weight`, rounded; memory only grows. `false` where the context multiplies in f32.
-    pub fn set(&mut self, exec: &Exec, weight: MatRef<'_>) -> bool {
+    /// Rounds `weight`; `None` where the context multiplies in f32.
+    pub fn new(exec: &Exec, weight: MatRef<'_>) -> Option<Self> {
         if exec.precision() == Precision::F32 {
-            return false;
+            return None;
         }
-        self.forward.set_bf16(exec, weight, Trans::Yes);
-        self.backward.set_bf16(exec, weight, Trans::No);
-        true
+        let (mut forward, mut backward) = (Packed::empty(), Packed::empty());
+        forward.set_bf16(exec, weight, Trans::Yes);
+        backward.set_bf16(exec, weight, Trans::No);
+        Some(Self { forward, backward })
     }
 }
 
@@ -154,9 +148,8 @@ mod tests {
                 let (x, w, dy) =
                     (MatRef::dense(&x, rows, k), MatRef::dense(&w, n, k), MatRef::dense(&dy, rows, n));
                 let shared = Shared::new(&exec, x);
-                let mut kept = RoundedWeight::default();
-                let kept = kept.set(&exec, w).then_some(&kept);
-                for (shared, rounded) in [(None, None), (shared.as_ref(), None), (None, kept)] {
+                let kept = RoundedWeight::new(&exec, w);
+                for (shared, rounded) in [(None, None), (shared.as_ref(), None), (None, kept.as_ref())] {
                     let x = LayerInput { values: x, shared };
                     let w = LayerWeight { values: w, rounded };
                     for (with_dw, with_dx, store) in [

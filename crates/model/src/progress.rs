@@ -10,6 +10,10 @@ pub trait Progress {
     fn advance(&mut self, n: u64, message: &str) {
         let _ = (n, message);
     }
+    /// `n` units were done by an earlier run: they count as done, not for the rate.
+    fn resumed(&mut self, n: u64) {
+        self.advance(n, "");
+    }
     /// The phase is over.
     fn finish(&mut self) {}
     /// A line worth keeping on the screen.

@@ -258,7 +258,7 @@ pub fn train_mqar(
     let seconds = || before.seconds + began.elapsed().as_secs_f64();
     let (mut solved, mut train_loss) = (before.solved, before.train_loss);
     progress.start(&cell.name(), training.steps, "steps");
-    progress.advance(trainer.steps(), "");
+    progress.resumed(trainer.steps());
     while trainer.steps() < training.steps && !solved {
         let save = |trainer: &LabelTrainer<'_>, model: &Model, solved, train_loss| {
             files.save(trainer, model, state::Before { seconds: seconds(), solved, train_loss })

@@ -1,13 +1,13 @@
 //! Gradient of the chunked gated delta rule: states and state gradients at chunk borders, then every chunk alone.
 
 use super::{
-    Border, DeltaGrads, DeltaInputs, DeltaShape, Solver, chunk_borders, error, products, scale_rows, solvers,
-    weigh_heads, weigh_row,
+    Border, DeltaGrads, DeltaInputs, DeltaShape, Solver, chunk_borders, error, products, query_products,
+    scale_rows, solvers, weigh_heads, weigh_row,
 };
 use crate::chunk::{CHUNK, add_suffix_sums, check_len, scale};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, dot};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm};
+use crate::{Exec, MatMut, MatRef, Store, Trans, gemm, mixed_gemm};
 
 /// Gradient of [`super::gated_delta`], as [`crate::ssd::ssd_backward`]. Chunked throughout; recomputes the states, and
 /// holds about seven matrices of chunk or state size per 64 tokens meanwhile.
@@ -94,16 +94,14 @@ struct Chunk<'a> {
     dy: &'a [f32],
 }
 
-/// `out = alpha · op(a) · b` or `+=`, everything with dense or chunk-strided rows.
-fn product(
-    exec: &Exec,
-    out: MatMut<'_>,
-    a: (MatRef<'_>, Trans),
-    b: (MatRef<'_>, Trans),
-    alpha: f32,
-    store: Store,
-) {
-    gemm(exec, out, a.0, a.1, b.0, b.1, alpha, store);
+/// `out = op(a) · op(b)` or `+=`, everything with dense or chunk-strided rows, in f32.
+fn product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
+    gemm(exec, out, a.0, a.1, b.0, b.1, 1.0, store);
+}
+
+/// [`product`] with as many rows as queries, in the context's precision.
+fn query_product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
+    mixed_gemm(exec, out, a.0, a.1, b.0, b.1, 1.0, store);
 }
 
 impl Chunk<'_> {
@@ -123,24 +121,22 @@ impl Chunk<'_> {
         let DeltaInputs { q, k, .. } = self.inputs;
         let rows = seq * heads;
         let mut scores = vec![0.0; rows * CHUNK];
-        products(exec, rows, d_state, q, k, &mut scores);
+        query_products(exec, rows, d_state, q, k, &mut scores);
         dispatch!(exec.isa(), |s| weigh_heads(s, &self.solver.decay, heads, &mut scores));
         let mut target = vec![0.0; seq * head_dim];
-        product(
+        query_product(
             exec,
             MatMut::dense(&mut target, seq, head_dim),
             (MatRef::new(&scores, rows, seq, CHUNK), Trans::Yes),
             (MatRef::dense(self.dy, rows, head_dim), Trans::No),
-            1.0,
             Store::Overwrite,
         );
         let mut state = vec![0.0; d_state * head_dim];
-        product(
+        query_product(
             exec,
             MatMut::dense(&mut state, d_state, head_dim),
             (MatRef::dense(q, rows, d_state), Trans::Yes),
             (MatRef::dense(&self.decayed(exec), rows, head_dim), Trans::No),
-            1.0,
             Store::Overwrite,
         );
         BorderGrads { state, target }
@@ -158,7 +154,6 @@ impl Chunk<'_> {
             MatMut::dense(&mut d_corrections, seq, head_dim),
             (keys, Trans::No),
             (MatRef::dense(d_carry, d_state, head_dim), Trans::No),
-            1.0,
             Store::Overwrite,
         );
         dispatch!(exec.isa(), |s| for t in 0..seq {
@@ -171,7 +166,6 @@ impl Chunk<'_> {
             MatMut::dense(&mut border.target, seq, head_dim),
             (MatRef::new(&self.solver.inverse, seq, seq, CHUNK), Trans::Yes),
             (MatRef::dense(&d_corrections, seq, head_dim), Trans::No),
-            1.0,
             Store::Overwrite,
         );
         let mut d_reads = d_corrections;
@@ -188,7 +182,6 @@ impl Chunk<'_> {
             MatMut::dense(d_carry, d_state, head_dim),
             (keys, Trans::Yes),
             (MatRef::dense(&d_reads, seq, head_dim), Trans::No),
-            1.0,
             Store::Accumulate,
         );
     }
@@ -204,7 +197,7 @@ impl Chunk<'_> {
         let state = MatRef::dense(&self.border.state, d_state, head_dim);
         let mut sums = Sums { d_sums: [0.0; CHUNK], d_beta: [0.0; CHUNK] };
 
-        // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s
+        // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s. Decays get the differences of sums of these products, so they are in f32.
         let mut scores = vec![0.0; rows * CHUNK];
         let mut d_scores = vec![0.0; rows * CHUNK];
         products(exec, rows, d_state, q, k, &mut scores);
@@ -212,14 +205,14 @@ impl Chunk<'_> {
         dispatch!(exec.isa(), |s| self.weigh_scores(s, &scores, &mut d_scores, &mut sums));
         let d_scores = MatRef::new(&d_scores, rows, seq, CHUNK);
         let queries = MatRef::dense(q, rows, d_state);
-        product(exec, MatMut::dense(dq, rows, d_state), (d_scores, no), (keys, no), 1.0, add);
-        product(exec, MatMut::dense(dk, seq, d_state), (d_scores, yes), (queries, no), 1.0, add);
+        query_product(exec, MatMut::dense(dq, rows, d_state), (d_scores, no), (keys, no), add);
+        query_product(exec, MatMut::dense(dk, seq, d_state), (d_scores, yes), (queries, no), add);
 
         // y_t += e^{c_t} S_0ᵀ q_t
         let decayed = self.decayed(exec);
         let mut reads = vec![0.0; rows * d_state];
         let out = MatMut::dense(&mut reads, rows, d_state);
-        product(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), 1.0, overwrite);
+        product(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), overwrite);
 
         // T_ts = β_t e^{c_t−c_s} (k_t·k_s); its gradient is −(target gradient)·wᵀ.
         let mut triangle = scores;
@@ -228,21 +221,21 @@ impl Chunk<'_> {
         products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
         dispatch!(exec.isa(), |s| self.weigh_triangle(s, &triangle, &mut d_triangle, &mut sums));
         let d_triangle = MatRef::new(&d_triangle, seq, seq, CHUNK);
-        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), 1.0, add);
-        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), 1.0, add);
+        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), add);
+        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), add);
 
         // target_t = β_t (v_t − e^{c_t} S_0ᵀ k_t)
         let mut d_reads = vec![0.0; seq * head_dim];
         dispatch!(exec.isa(), |s| self.target(s, border, dv, &mut d_reads, &mut sums));
         let out = MatMut::dense(dk, seq, d_state);
-        product(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), 1.0, add);
+        product(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), add);
 
         // S_last = e^{c_last} S_0 + Σ_s e^{c_last−c_s} k_s w_sᵀ
         let mut writes = vec![0.0; seq * d_state];
         let corrections = MatRef::dense(&self.border.corrections, seq, head_dim);
         let d_state_out = MatRef::dense(&border.state, d_state, head_dim);
         let out = MatMut::dense(&mut writes, seq, d_state);
-        product(exec, out, (corrections, no), (d_state_out, yes), 1.0, overwrite);
+        product(exec, out, (corrections, no), (d_state_out, yes), overwrite);
         dispatch!(exec.isa(), |s| {
             axpy(s, 1.0, &reads, dq);
             let decay = &self.solver.decay;

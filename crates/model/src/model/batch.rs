@@ -4,7 +4,7 @@ use super::Model;
 use super::gates::{Gates, StreamingTape};
 use super::intervene::Edits;
 use super::parts::{MlpScratch, Qkv, copy_columns, unpack};
-use super::tokens::{TokenBatch, rows_of};
+use super::tokens::{RoundedSequences, TokenBatch, rows_of};
 use crate::error::Result;
 use crate::mixers::{self, HeadSaved, LayerInput};
 use crate::observe::{AttnView, LayerObserver};
@@ -12,7 +12,7 @@ use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, attention};
 use kernels::elementwise::copy;
 use kernels::linear::{LayerWeight, RoundedWeight, linear, linear_backward};
-use kernels::packed::Shared;
+use kernels::packed::Uses;
 use kernels::{Exec, MatMut, MatRef, Store};
 
 /// Activations that a backward pass needs. Reuse one over steps: its buffers stay.
@@ -80,6 +80,8 @@ pub(super) struct Scratch {
     x: Vec<f32>,
     packed_out: Vec<f32>,
     pub mlp: MlpScratch,
+    /// Of `x`, for converted groups.
+    forms: RoundedSequences,
     /// Full-width queries, keys and values for observers of layers with converted groups.
     wide: [Vec<f32>; 3],
 }
@@ -186,7 +188,7 @@ impl Model {
         let ids = &self.layout.layers[layer];
         let (groups, rows) = (self.config.kv_heads, batch.rows());
         let per_group = self.config.group_size() * self.config.head_dim;
-        let Scratch { x, packed_out, mlp, .. } = scratch;
+        let Scratch { x, packed_out, mlp, forms, .. } = scratch;
         let LayerTape { qkv, out, lse, saved, .. } = memory;
         self.norm(exec, h, ids.input_norm, x);
         out.resize(rows * groups * per_group, 0.0);
@@ -219,7 +221,7 @@ impl Model {
             self.edit_outputs(exec, layer, edits, qkv, out);
         }
         saved.clear();
-        self.converted_outputs(exec, layer, batch, x, out, record.then_some(saved));
+        self.converted_outputs(exec, layer, batch, x, out, record.then_some((saved, forms)));
     }
 
     /// Converted groups of a layer, every (group, sequence) on its own thread; with `saved`, keeps what their backward needs.
@@ -230,16 +232,20 @@ impl Model {
         batch: &TokenBatch,
         x: &[f32],
         out: &mut [f32],
-        saved: Option<&mut Vec<HeadSaved>>,
+        saved: Option<(&mut Vec<HeadSaved>, &mut RoundedSequences)>,
     ) {
         let converted = &self.layout.layers[layer].converted;
         let per_group = self.config.group_size() * self.config.head_dim;
         let width = self.config.heads * self.config.head_dim;
         let (sequences, d_model) = (batch.sequences(), self.config.d_model);
+        let (saved, forms) = saved.unzip();
         let record = saved.is_some();
         let jobs = converted.len() * sequences;
         let inner = if jobs == 1 { exec.clone() } else { exec.single() };
-        let forms = if record && jobs > 0 { shared_forms(exec, x, batch, d_model) } else { Vec::new() };
+        let forms = forms.filter(|_| jobs > 0).map(|forms| {
+            forms.set(exec, MatRef::dense(x, batch.rows(), d_model), batch, Uses::Linear);
+            &*forms
+        });
         let outputs = exec.parallel_map(jobs, |job| {
             let (group, s) = (converted[job / sequences], job % sequences);
             let env = self.head_env(layer, group).expect("a converted group has a layout");
@@ -247,7 +253,7 @@ impl Model {
             let mut y = vec![0.0; x.rows() * per_group];
             let target = MatMut::dense(&mut y, x.rows(), per_group);
             let saved = if record {
-                let x = LayerInput { values: x, shared: forms.get(s).and_then(Option::as_ref) };
+                let x = LayerInput { values: x, shared: forms.and_then(|forms| forms.get(s)) };
                 Some(mixers::forward_train(&inner, &env, x, target))
             } else {
                 mixers::forward(&inner, &env, x, &mut env.layout.new_cache(), target);
@@ -360,14 +366,4 @@ impl Model {
         linear_backward(exec, weight, MatRef::dense(dlogits, rows, vocab), dw, Some(dx));
         dhidden
     }
-}
-
-/// The input of every sequence's converted groups, rounded once for all of them.
-pub(super) fn shared_forms(
-    exec: &Exec,
-    x: &[f32],
-    batch: &TokenBatch,
-    d_model: usize,
-) -> Vec<Option<Shared>> {
-    batch.ranges().map(|rows| Shared::new(exec, rows_of(x, rows, d_model))).collect()
 }

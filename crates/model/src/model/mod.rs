@@ -19,7 +19,7 @@ pub use layout::head_tensor_name;
 pub(crate) use load::check_checkpoint;
 pub use load::narrow;
 pub use suffix::Trace;
-pub use tokens::TokenBatch;
+pub use tokens::{RoundedSequences, TokenBatch};
 
 use crate::error::{ModelError, Result};
 use crate::mixers::{BaseGroup, HeadEnv, HeadLayout, HeadTensors, HeadView};

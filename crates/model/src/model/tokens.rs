@@ -1,6 +1,7 @@
 //! Token sequences of any lengths that go through the layers together. Knows rows; knows nothing of what is computed in them.
 
-use kernels::MatRef;
+use kernels::packed::{Shared, Uses};
+use kernels::{Exec, MatRef};
 use std::ops::Range;
 
 /// Token sequences processed together, each from position 0 with its own attention, windows, convolutions and states: nothing leaks from one
@@ -100,6 +101,28 @@ impl<'a> FromIterator<&'a [u32]> for TokenBatch {
 /// Some rows of a row-major matrix.
 pub(super) fn rows_of(values: &[f32], rows: Range<usize>, width: usize) -> MatRef<'_> {
     MatRef::dense(&values[rows.start * width..rows.end * width], rows.len(), width)
+}
+
+/// Layer inputs of every sequence, rounded once for all heads that read them. Reuse one over layers: memory only grows.
+#[derive(Default)]
+pub struct RoundedSequences {
+    /// With whether the last [`set`](Self::set) could round it.
+    sequences: Vec<(Shared, bool)>,
+}
+
+impl RoundedSequences {
+    /// Becomes `x`, the rows of `batch`.
+    pub fn set(&mut self, exec: &Exec, x: MatRef<'_>, batch: &TokenBatch, uses: Uses) {
+        self.sequences.resize_with(batch.sequences(), Default::default);
+        for ((shared, is_set), rows) in self.sequences.iter_mut().zip(batch.ranges()) {
+            *is_set = shared.set(exec, x.rows_at(rows.start, rows.len()), uses).is_some();
+        }
+    }
+
+    /// Of sequence `s`; `None` where the context multiplies in f32 or the sequence is short.
+    pub fn get(&self, s: usize) -> Option<&Shared> {
+        self.sequences.get(s).filter(|(_, is_set)| *is_set).map(|(shared, _)| shared)
+    }
 }
 
 #[cfg(test)]

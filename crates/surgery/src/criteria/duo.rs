@@ -65,7 +65,7 @@ pub fn learn_gates(inputs: &Inputs<'_>, progress: &mut dyn Progress) -> Result<S
     let initial = [vec![1.0; gates], vec![0.0; 2 * gates]].concat();
     let mut saved = Saved::open(inputs, "duo", &format!("{options:?}"), options.steps, initial)?;
     progress.start("duo", options.steps as u64, "steps");
-    progress.advance(saved.done as u64, "");
+    progress.resumed(saved.done as u64);
     let mut targets: Vec<Option<Vec<f32>>> = vec![None; prompts.len()];
     let mut tape = Tape::default();
     while saved.done < options.steps {

@@ -38,7 +38,7 @@ pub fn window_kl(inputs: &Inputs<'_>, window: usize, progress: &mut dyn Progress
     let settings = format!("window {window}, sinks {SINKS}");
     let mut saved = Saved::open(inputs, "kl", &settings, parts, vec![0.0; layers * groups])?;
     progress.start("kl", (parts * groups) as u64, "groups");
-    progress.advance((saved.done * groups) as u64, "");
+    progress.resumed((saved.done * groups) as u64);
     while saved.done < parts {
         let batch = TokenBatch::one(&sequences[saved.done / layers]);
         let mut windowed = Windowed { exec, model, window, deltas: Vec::new() };

@@ -37,7 +37,7 @@ pub fn indirect_effects(inputs: &Inputs<'_>, progress: &mut dyn Progress) -> Res
     // Sums of every group, and then the prompts that counted.
     let mut saved = Saved::open(inputs, "patching", "", parts, vec![0.0; layers * groups + 1])?;
     progress.start("patching", (parts * groups) as u64, "groups");
-    progress.advance((saved.done * groups) as u64, "");
+    progress.resumed((saved.done * groups) as u64);
     while saved.done < parts {
         let prompt = &prompts[saved.done / layers];
         let batch = TokenBatch::one(&prompt.tokens);

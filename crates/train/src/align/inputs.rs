@@ -1,9 +1,9 @@
 //! Collects what the base's attention blocks saw and did, and hands it on in groups of layers.
 
-use kernels::packed::Shared;
+use kernels::packed::Uses;
 use kernels::{Exec, MatRef};
-use model::TokenBatch;
 use model::mixers::LayerInput;
+use model::{RoundedSequences, TokenBatch};
 use std::ops::Range;
 
 /// Inputs and head outputs of one layer for a whole batch.
@@ -16,8 +16,8 @@ pub(super) struct LayerInputs {
     width: usize,
     /// `[rows, d_model]`.
     x: Vec<f32>,
-    /// Of each sequence's `x`, for all groups of the layer.
-    shared: Vec<Option<Shared>>,
+    /// `x`, for all groups of the layer.
+    shared: RoundedSequences,
     /// `[rows, heads · head_dim]`.
     out: Vec<f32>,
 }
@@ -25,10 +25,10 @@ pub(super) struct LayerInputs {
 impl LayerInputs {
     fn fill(&mut self, exec: &Exec, layer: usize, batch: &TokenBatch, x: MatRef<'_>, out: MatRef<'_>) {
         (self.layer, self.d_model, self.width) = (layer, x.cols(), out.cols());
-        copy(x, &mut self.x);
-        copy(out, &mut self.out);
+        copy(exec, x, &mut self.x);
+        copy(exec, out, &mut self.out);
         self.ranges = batch.ranges().collect();
-        self.shared = batch.ranges().map(|r| Shared::new(exec, x.rows_at(r.start, r.len()))).collect();
+        self.shared.set(exec, x, batch, Uses::Both);
     }
 
     pub fn sequences(&self) -> usize {
@@ -44,7 +44,7 @@ impl LayerInputs {
     pub fn x(&self, sequence: usize) -> LayerInput<'_> {
         LayerInput {
             values: rows(&self.x, &self.ranges[sequence], self.d_model),
-            shared: self.shared[sequence].as_ref(),
+            shared: self.shared.get(sequence),
         }
     }
 
@@ -58,9 +58,15 @@ fn rows<'a>(values: &'a [f32], rows: &Range<usize>, width: usize) -> MatRef<'a> 
     MatRef::dense(&values[rows.start * width..rows.end * width], rows.len(), width)
 }
 
-fn copy(from: MatRef<'_>, to: &mut Vec<f32>) {
-    to.clear();
-    (0..from.rows()).for_each(|t| to.extend_from_slice(from.row(t)));
+fn copy(exec: &Exec, from: MatRef<'_>, to: &mut Vec<f32>) {
+    /// Rows of a task.
+    const ROWS: usize = 32;
+    to.resize(from.rows() * from.cols(), 0.0);
+    exec.parallel_chunks(to, ROWS * from.cols(), |i, to| {
+        for (r, to) in to.chunks_exact_mut(from.cols()).enumerate() {
+            to.copy_from_slice(from.row(i * ROWS + r));
+        }
+    });
 }
 
 /// Copies each layer's inputs and calls `run` when `layers_at_once` layers are there. A layer's few groups would leave threads idle at

@@ -218,7 +218,7 @@ impl<'a> Run<'a> {
             Schedule { warmup: self.options.warmup, total: self.total, final_share: self.options.final_lr };
         let per_step = self.tokens_per_step();
         progress.start("align", self.total * per_step, "tokens");
-        progress.advance(self.step * per_step, "");
+        progress.resumed(self.step * per_step);
         let note_every = self.total.div_ceil(NOTES).max(1);
         while self.step < self.total {
             if progress.cancelled() {

@@ -224,7 +224,7 @@ impl<'a> Run<'a> {
         let schedule = Schedule { warmup: options.warmup, total: self.total, final_share: options.final_lr };
         let per_step = (options.batch * options.accumulate * data.seq_len()) as u64;
         progress.start("heal", self.total * per_step, "tokens");
-        progress.advance(self.trainer.steps() * per_step, "");
+        progress.resumed(self.trainer.steps() * per_step);
         while self.trainer.steps() < self.total {
             if progress.cancelled() {
                 self.save(hybrid, data.position())?;

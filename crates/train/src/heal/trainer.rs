@@ -74,9 +74,8 @@ pub struct Trainer<'a> {
     grads: Grads,
     tape: Tape,
     logits: LogitBuffers,
-    output: RoundedWeight,
-    /// Whether `output` is the hybrid's, rounded: until a step changes it.
-    output_is_set: bool,
+    /// The output projection where it does not train, once it was rounded.
+    output: Option<RoundedWeight>,
 }
 
 /// Of [`LOGIT_ROWS`] rows, reused from chunk to chunk.
@@ -157,8 +156,7 @@ impl<'a> Trainer<'a> {
             grads: Grads::zeros(&hybrid.params, &ids),
             tape: if options.checkpoint_activations { Tape::checkpointed() } else { Tape::default() },
             logits: LogitBuffers::default(),
-            output: RoundedWeight::default(),
-            output_is_set: false,
+            output: None,
         })
     }
 
@@ -199,7 +197,6 @@ impl<'a> Trainer<'a> {
             }
         }
         self.steps = step;
-        self.output_is_set &= !self.grads.wants(hybrid.output_param()) && self.low_rank.is_empty();
         let rule = StepRule {
             betas: self.betas,
             weight_decay: self.weight_decay,
@@ -280,10 +277,10 @@ impl<'a> Trainer<'a> {
         };
         let hidden = hybrid.forward_batch(exec, batch, &mut NoObserver, Some(&mut self.tape))?;
         let labels = next_tokens(batch);
-        if !self.output_is_set {
-            self.output_is_set = self.output.set(exec, hybrid.output_weight());
+        if self.output.is_none() && !self.grads.wants(hybrid.output_param()) {
+            self.output = RoundedWeight::new(exec, hybrid.output_weight());
         }
-        let output = self.output_is_set.then_some(&self.output);
+        let output = self.output.as_ref();
         let mut dhidden = Vec::with_capacity(hidden.len());
         let (mut kl_sum, mut ce_sum) = (0.0, 0.0);
         let LogitBuffers { own: logits, teacher: wanted, gradient: dlogits, values } = &mut self.logits;

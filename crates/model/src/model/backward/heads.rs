@@ -1,12 +1,12 @@
 //! The backward pass through converted groups.
 
-use super::super::batch::shared_forms;
-use super::super::tokens::rows_of;
+use super::super::tokens::{RoundedSequences, rows_of};
 use super::{Model, Pass, TokenBatch, add};
 use crate::mixers::{self, BaseGroupGrads, HeadTensors, LayerInput};
 use crate::params::{Grads, ParamId};
 use crate::plan::RecurrentKind;
 use kernels::elementwise::axpy;
+use kernels::packed::Uses;
 use kernels::{Exec, MatMut, MatRef};
 use std::ops::Range;
 
@@ -28,6 +28,7 @@ impl Model {
         dout: &[f32],
         grads: &mut Grads,
         mut dx: Option<&mut Vec<f32>>,
+        forms: &mut RoundedSequences,
     ) {
         let Pass { exec, batch, memory, .. } = *pass;
         let (sequences, d_model) = (batch.sequences(), self.config.d_model);
@@ -45,7 +46,9 @@ impl Model {
             .collect();
         let jobs = groups.len() * sequences;
         let inner = if jobs == 1 { exec.clone() } else { exec.single() };
-        let forms = if jobs > 0 { shared_forms(exec, x, batch, d_model) } else { Vec::new() };
+        if jobs > 0 {
+            forms.set(exec, MatRef::dense(x, batch.rows(), d_model), batch, Uses::Both);
+        }
         let mut start = 0;
         while start < jobs {
             let wave = wave(exec, batch, start..jobs);
@@ -56,7 +59,7 @@ impl Model {
                     &inner,
                     layer,
                     ids.converted[index],
-                    LayerInput { values: rows_of(x, batch.range(s), d_model), shared: forms[s].as_ref() },
+                    LayerInput { values: rows_of(x, batch.range(s), d_model), shared: forms.get(s) },
                     saved,
                     rows_of(dout, batch.range(s), self.config.heads * self.config.head_dim),
                     grads,

@@ -7,7 +7,7 @@ use super::batch::{self, Forward, LayerTape, Tape};
 use super::gates::Part;
 use super::layout::Run;
 use super::parts::{Block, pack, several};
-use super::tokens::{TokenBatch, rows_of};
+use super::tokens::{RoundedSequences, TokenBatch, rows_of};
 use crate::observe::{GradObserver, NoObserver};
 use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
@@ -41,6 +41,7 @@ struct Replay {
 struct Scratch {
     x: Vec<f32>,
     rounded: Shared,
+    forms: RoundedSequences,
     dx: Vec<f32>,
     act: Vec<f32>,
     dact: Vec<f32>,
@@ -224,7 +225,7 @@ impl Model {
         let ids = &self.layout.layers[layer];
         let (rows, d_model, width) =
             (batch.rows(), self.config.d_model, self.config.heads * self.config.head_dim);
-        let Scratch { x, rounded, dx, dout, .. } = scratch;
+        let Scratch { x, rounded, forms, dx, dout, .. } = scratch;
         dout.resize(rows * width, 0.0);
         let out = Some(MatRef::dense(&memory.out, rows, width).into());
         let o = Layer { weight: ids.o, n: d_model, k: width, x: out };
@@ -259,7 +260,7 @@ impl Model {
             };
             self.kept_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx));
         }
-        self.converted_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx));
+        self.converted_backward(pass, layer, x, dout, grads, need_dx.then_some(&mut *dx), forms);
         if need_dx {
             let norm = self.params.data(ids.input_norm);
             rms_norm_backward(exec, input, norm, self.config.rms_eps, dx, dh, grads.get_mut(ids.input_norm));
