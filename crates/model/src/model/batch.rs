@@ -155,7 +155,7 @@ impl Model {
         &self,
         pass: &Forward<'_>,
         layer: usize,
-        h: &mut Vec<f32>,
+        h: &mut [f32],
         memory: &mut LayerTape,
         scratch: &mut Scratch,
         observer: &mut dyn LayerObserver,
