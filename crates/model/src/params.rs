@@ -157,3 +157,39 @@ impl Grads {
         self.slots.iter().enumerate().filter(|(_, s)| s.is_some()).map(|(i, _)| ParamId(i))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grads() -> (Grads, ParamId, ParamId) {
+        let mut store = ParamStore::default();
+        let ids = ["a", "b", "frozen"].map(|name| store.insert(name, vec![2], vec![1.0, 2.0]));
+        (Grads::zeros(&store, &ids[..2]), ids[0], ids[1])
+    }
+
+    #[test]
+    fn after_clear_the_first_writer_overwrites_and_others_add() {
+        let (mut grads, a, b) = grads();
+        grads.get_mut(a).unwrap().fill(5.0);
+        grads.get_mut(b).unwrap().fill(7.0);
+        assert_eq!(grads.target(a).unwrap().1, Store::Accumulate);
+        grads.clear();
+        let (values, store) = grads.target(a).unwrap();
+        assert_eq!(store, Store::Overwrite);
+        values.fill(1.0);
+        assert_eq!(grads.target(a).unwrap().1, Store::Accumulate);
+        grads.settle();
+        assert_eq!((grads.get(a).unwrap(), grads.get(b).unwrap()), (&[1.0; 2][..], &[0.0; 2][..]));
+        grads.clear();
+        assert_eq!(grads.get_mut(a).unwrap(), [0.0; 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "before they are settled")]
+    fn stale_gradients_are_not_read() {
+        let (mut grads, a, _) = grads();
+        grads.clear();
+        grads.get(a);
+    }
+}
