@@ -2,7 +2,7 @@
 
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
-use crate::{Exec, Isa};
+use crate::{Exec, Isa, MatRef};
 
 /// Values one task handles: a few cache pages, so that waking a thread pays off. Fixed, so that results do not depend
 /// on the number of threads.
@@ -246,10 +246,16 @@ fn swiglu_gradients<S: Simd>(
     }
 }
 
-/// `to` becomes `from`; memory only grows.
-pub fn copy(exec: &Exec, from: &[f32], to: &mut Vec<f32>) {
-    to.resize(from.len(), 0.0);
-    exec.parallel_chunks(to, TASK, |i, to| to.copy_from_slice(&from[i * TASK..][..to.len()]));
+/// `to` becomes the values of `from`, dense; memory only grows.
+pub fn copy(exec: &Exec, from: MatRef<'_>, to: &mut Vec<f32>) {
+    let cols = from.cols();
+    to.resize(from.rows() * cols, 0.0);
+    let rows = TASK.div_ceil(cols.max(1));
+    exec.parallel_chunks(to, rows * cols, |i, to| {
+        for (r, to) in to.chunks_exact_mut(cols).enumerate() {
+            to.copy_from_slice(from.row(i * rows + r));
+        }
+    });
 }
 
 /// `y += alpha · x`, of the same length.
@@ -285,34 +291,29 @@ pub fn add_column_sums(exec: &Exec, x: &[f32], out: &mut [f32]) {
 
 /// Sum of products in f64, of a row. `a` and `b` have the same length.
 pub fn dot(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len(), "dot: a and b");
-    let mut acc = [0.0f64; 8];
-    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
-        for ((acc, &a), &b) in acc.iter_mut().zip(a).zip(b) {
-            *acc += f64::from(a) * f64::from(b);
-        }
-    }
-    acc.iter().sum()
+    f64_products::<8>(a, b)
 }
 
 /// [`dot`] of whole tensors, the same bits on every instruction set.
 pub fn tensor_dot(isa: Isa, a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len(), "tensor_dot: a and b");
-    /// Sums side by side, enough to hide the additions' latency.
-    const SUMS: usize = 32;
-    dispatch!(isa, {
-        let mut acc = [0.0f64; SUMS];
-        for (a, b) in a.chunks(SUMS).zip(b.chunks(SUMS)) {
-            for ((acc, &a), &b) in acc.iter_mut().zip(a).zip(b) {
-                *acc += f64::from(a) * f64::from(b);
-            }
+    // Enough sums side by side to hide the additions' latency.
+    dispatch!(isa, f64_products::<32>(a, b))
+}
+
+#[inline(always)]
+fn f64_products<const SUMS: usize>(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len(), "dot: a and b");
+    let mut acc = [0.0f64; SUMS];
+    for (a, b) in a.chunks(SUMS).zip(b.chunks(SUMS)) {
+        for ((acc, &a), &b) in acc.iter_mut().zip(a).zip(b) {
+            *acc += f64::from(a) * f64::from(b);
         }
-        let mut sum = 0.0;
-        for acc in acc {
-            sum += acc;
-        }
-        sum
-    })
+    }
+    let mut sum = 0.0;
+    for acc in acc {
+        sum += acc;
+    }
+    sum
 }
 
 /// Numerically stable logistic function.

@@ -100,6 +100,15 @@ fn sums_and_biases_agree() {
             assert!(y.iter().zip(&x).all(|(&y, &x)| y == x + 1.0));
         }
     }
+    for exec in execs() {
+        for (rows, cols) in [(0, 7), (3, 0), (1, 5), (33, 70), (5, TASK + 1)] {
+            let wide = noise(1, rows * (cols + 3));
+            let mut to = vec![f32::NAN; 11];
+            let from = MatRef::new(&wide, rows, cols, cols + 3);
+            copy(&exec, from, &mut to);
+            assert_eq!(to, from.to_dense());
+        }
+    }
     let mut sums = Vec::new();
     for isa in Isa::available() {
         let (a, b) = (noise(1, 501), noise(2, 501));

@@ -120,12 +120,6 @@ impl Default for Shared {
 }
 
 impl Shared {
-    /// [`set`](Self::set) for both uses, in memory of its own.
-    pub fn new(exec: &Exec, x: MatRef<'_>) -> Option<Self> {
-        let mut shared = Self::default();
-        shared.set(exec, x, Uses::Both).is_some().then_some(shared)
-    }
-
     /// Becomes `x`, rounded; memory only grows. `None` where the context multiplies in f32, or `x` is so small that everything with it would.
     pub fn set(&mut self, exec: &Exec, x: MatRef<'_>, uses: Uses) -> Option<&Self> {
         let small = x.rows() <= 2 * MATVEC_ROWS || x.cols() <= 2 * MATVEC_ROWS;

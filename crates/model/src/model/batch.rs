@@ -128,7 +128,11 @@ impl Model {
         for layer in 0..self.config.layers {
             let memory = match tape.as_deref_mut() {
                 Some(tape) => {
-                    copy(exec, &h, &mut tape.layers[layer].input);
+                    copy(
+                        exec,
+                        rows_of(&h, 0..batch.rows(), self.config.d_model),
+                        &mut tape.layers[layer].input,
+                    );
                     if record { &mut tape.layers[layer] } else { &mut own }
                 }
                 None => &mut own,
@@ -168,7 +172,7 @@ impl Model {
         }
         self.output_projection(exec, layer, &memory.out, h);
         if record {
-            copy(exec, h, &mut memory.mid);
+            copy(exec, rows_of(h, 0..batch.rows(), self.config.d_model), &mut memory.mid);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Collects what the base's attention blocks saw and did, and hands it on in groups of layers.
 
+use kernels::elementwise::copy;
 use kernels::packed::Uses;
 use kernels::{Exec, MatRef};
 use model::mixers::LayerInput;
@@ -56,17 +57,6 @@ impl LayerInputs {
 
 fn rows<'a>(values: &'a [f32], rows: &Range<usize>, width: usize) -> MatRef<'a> {
     MatRef::dense(&values[rows.start * width..rows.end * width], rows.len(), width)
-}
-
-fn copy(exec: &Exec, from: MatRef<'_>, to: &mut Vec<f32>) {
-    /// Rows of a task.
-    const ROWS: usize = 32;
-    to.resize(from.rows() * from.cols(), 0.0);
-    exec.parallel_chunks(to, ROWS * from.cols(), |i, to| {
-        for (r, to) in to.chunks_exact_mut(from.cols()).enumerate() {
-            to.copy_from_slice(from.row(i * ROWS + r));
-        }
-    });
 }
 
 /// Copies each layer's inputs and calls `run` when `layers_at_once` layers are there. A layer's few groups would leave threads idle at

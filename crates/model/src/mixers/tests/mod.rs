@@ -7,7 +7,7 @@ use super::*;
 use crate::plan::Dropped;
 use kernels::Precision;
 use kernels::kv::KvType;
-use kernels::packed::Shared;
+use kernels::packed::{Shared, Uses};
 use naive::Naive;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -494,11 +494,12 @@ fn bfloat16_products_stay_close_to_f32() {
             [("out", out), ("dx", dx)].into_iter().chain(names.zip(grads.values)).collect()
         };
         let want = run(&exact, fixture.x().into());
-        let shared = Shared::new(&rounded, fixture.x()).expect("large enough");
-        for (form, x) in [
-            ("alone", fixture.x().into()),
-            ("shared", LayerInput { values: fixture.x(), shared: Some(&shared) }),
-        ] {
+        let mut shared = Shared::default();
+        let shared = shared.set(&rounded, fixture.x(), Uses::Both);
+        assert!(shared.is_some(), "large enough");
+        for (form, x) in
+            [("alone", fixture.x().into()), ("shared", LayerInput { values: fixture.x(), shared })]
+        {
             let got = run(&rounded, x);
             assert_ne!(got, want, "{kind:?} {form}: nothing was rounded");
             for ((name, got), (_, want)) in got.iter().zip(&want) {
