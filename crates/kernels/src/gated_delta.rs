@@ -5,7 +5,7 @@
 use crate::chunk::{CHUNK, Decay, check_len, scale};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, exp};
-use crate::{Exec, MatMut, MatRef, STACK, Store, Trans, gemm, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, STACK, Store, Trans, gemm, mixed_gemm};
 use smallvec::{SmallVec, smallvec};
 
 mod backward;
@@ -140,15 +140,15 @@ struct Border {
     /// `S_0` `[d_state, head_dim]`.
     state: Vec<f32>,
     /// `S_0ᵀ k_t` `[seq, head_dim]`.
-    reads: Vec<f32>,
+    reads: Reused,
     /// `w_t` `[seq, head_dim]`.
-    corrections: Vec<f32>,
+    corrections: Reused,
 }
 
 fn solvers(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>) -> Vec<Solver> {
     exec.parallel_map(shape.seq.div_ceil(CHUNK), |chunk| {
         let (shape, inputs) = inputs.chunk(shape, chunk);
-        let mut triangle = vec![0.0; shape.seq * CHUNK];
+        let mut triangle = Reused::new(shape.seq * CHUNK);
         products(&exec.single(), shape.seq, shape.d_state, inputs.k, inputs.k, &mut triangle);
         dispatch!(exec.isa(), |s| {
             let decay = Decay::new(s, inputs.log_a, 1);
@@ -231,15 +231,15 @@ fn chunk_borders(
         };
         let keys = MatRef::dense(k, seq, d_state);
         let state = carry.to_vec();
-        let mut reads = vec![0.0; seq * head_dim];
+        let mut reads = Reused::new(seq * head_dim);
         product(&mut reads, keys, no, &state, d_state, Store::Overwrite);
-        let mut target = vec![0.0; seq * head_dim];
+        let mut target = Reused::new(seq * head_dim);
         dispatch!(exec.isa(), |s| for (t, &beta) in beta.iter().enumerate() {
             let row = t * head_dim..(t + 1) * head_dim;
             error(s, decay.from_start[t], &v[row.clone()], &reads[row.clone()], &mut target[row.clone()]);
             scale(beta, &mut target[row]);
         });
-        let mut corrections = vec![0.0; seq * head_dim];
+        let mut corrections = Reused::new(seq * head_dim);
         let inverse = MatRef::new(inverse, seq, seq, CHUNK);
         product(&mut corrections, inverse, no, &target, seq, Store::Overwrite);
         // The target is no longer needed: its place takes the corrections as the chunk's end sees them.
@@ -297,7 +297,7 @@ fn chunk_output(
             scale(solver.decay.from_start[row / heads], y);
         }
     });
-    let mut scores = vec![0.0; rows * CHUNK];
+    let mut scores = Reused::new(rows * CHUNK);
     query_products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
     dispatch!(exec.isa(), |s| weigh_heads(s, &solver.decay, heads, &mut scores));
     mixed_gemm(

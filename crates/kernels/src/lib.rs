@@ -27,6 +27,7 @@ pub(crate) mod simd;
 
 mod gemm;
 mod pool;
+mod reused;
 #[cfg(test)]
 mod testing;
 
@@ -34,6 +35,7 @@ pub use exec::{Exec, Precision};
 pub use gemm::{Store, Trans, gemm, mixed_gemm};
 pub use isa::{Isa, IsaLevel};
 pub use mat::{MatMut, MatRef};
+pub use reused::Reused;
 
 /// Values of one head that kernels of single tokens keep on the stack; longer heads take an allocation.
 const STACK: usize = 256;

@@ -1,5 +1,7 @@
 //! Borrowed row-major matrix views with a row stride; every constructor checks its bounds.
 
+use std::borrow::Cow;
+
 /// A read-only view of `rows × cols` values whose rows start `row_stride` apart.
 #[derive(Clone, Copy, Debug)]
 pub struct MatRef<'a> {
@@ -69,6 +71,13 @@ impl<'a> MatRef<'a> {
         let mut dense = Vec::with_capacity(self.rows * self.cols);
         (0..self.rows).for_each(|r| dense.extend_from_slice(self.row(r)));
         dense
+    }
+    /// [`to_dense`](Self::to_dense), without a copy where nothing lies between rows.
+    pub fn dense_values(&self) -> Cow<'a, [f32]> {
+        match self.row_stride == self.cols {
+            true => Cow::Borrowed(&self.data[..self.rows * self.cols]),
+            false => Cow::Owned(self.to_dense()),
+        }
     }
     /// Columns `start..start + cols` of every row.
     pub fn columns(&self, start: usize, cols: usize) -> MatRef<'a> {

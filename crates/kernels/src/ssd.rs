@@ -5,7 +5,7 @@
 use crate::chunk::{CHUNK, Decay, check_len, pass_state, scale, scaled};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy};
-use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
 
 mod backward;
 #[cfg(test)]
@@ -154,7 +154,7 @@ fn chunk_states(
     exec.parallel_chunks(states, shape.state_len(), |chunk, added| {
         let (shape, inputs) = inputs.chunk(shape, chunk);
         let SsdShape { seq, heads, d_state, head_dim } = shape;
-        let mut keys = vec![0.0; seq * heads * d_state];
+        let mut keys = Reused::new(seq * heads * d_state);
         dispatch!(exec.isa(), weighted_keys(shape, inputs, &decays[chunk], &mut keys));
         mixed_gemm(
             &exec.single(),
@@ -223,7 +223,7 @@ fn chunk_output(
         );
     }
     // [seq · heads, seq]: a row per token and head.
-    let mut scores = vec![0.0; seq * heads * CHUNK];
+    let mut scores = Reused::new(seq * heads * CHUNK);
     mixed_gemm(
         exec,
         MatMut::new(&mut scores, seq * heads, seq, CHUNK),

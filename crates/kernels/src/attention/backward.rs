@@ -8,7 +8,7 @@ use super::mask::{TILE, Visible, positions_per_block};
 use super::{AttnMask, AttnSaved, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
-use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
 use std::ops::Range;
 
 /// Tasks wanted in all; bounds the memory of the `dk` and `dv` buffers.
@@ -26,8 +26,8 @@ struct Share<'a> {
 struct KvGradient {
     /// Key rows that the buffers hold, one range after another, in order and apart.
     ranges: Vec<Range<usize>>,
-    dk: Vec<f32>,
-    dv: Vec<f32>,
+    dk: Reused,
+    dv: Reused,
 }
 
 pub(super) fn attention_backward(
@@ -83,7 +83,7 @@ impl Share<'_> {
         let tiles = self.blocks.iter().flat_map(|(first, dq)| mask.tiles(*first..first + dq.len(), kv_len));
         let mut sums = KvGradient::new(tiles, shape.head_dim);
         let rows = positions_per_block(shape.group()) * shape.group();
-        let mut scratch = [vec![0.0; rows * TILE], vec![0.0; rows * TILE]];
+        let mut scratch = [Reused::new(rows * TILE), Reused::new(rows * TILE)];
         for (first, dq) in self.blocks {
             let block = Block::new(exec, shape, mask, saved, self.kv_head, first, dq.len());
             block.run(exec, saved, &mut scratch, &mut sums, dq);
@@ -105,7 +105,7 @@ impl KvGradient {
             }
         }
         let values = ranges.iter().map(Range::len).sum::<usize>() * head_dim;
-        Self { ranges, dk: vec![0.0; values], dv: vec![0.0; values] }
+        Self { ranges, dk: Reused::zeros(values), dv: Reused::zeros(values) }
     }
 
     /// Where a key row is in the buffers; the rest of its tile follows.
@@ -180,7 +180,7 @@ impl Block {
         &self,
         exec: &Exec,
         saved: &AttnSaved<'_>,
-        [weights, scores]: &mut [Vec<f32>; 2],
+        [weights, scores]: &mut [Reused; 2],
         sums: &mut KvGradient,
         dq: Vec<&mut [f32]>,
     ) {
@@ -188,7 +188,7 @@ impl Block {
         let (rows, column) = (self.rows, self.kv_head * head_dim);
         let (k, v) = (saved.k.columns(column, head_dim), saved.v.columns(column, head_dim));
         let (q, dout) = (MatRef::dense(&self.q, rows, head_dim), MatRef::dense(&self.dout, rows, head_dim));
-        let mut dq_sum = vec![0.0; rows * head_dim];
+        let mut dq_sum = Reused::zeros(rows * head_dim);
         for &(start, cols) in &self.tiles {
             let (k, v) = (k.rows_at(start, cols), v.rows_at(start, cols));
             let at = sums.row(start) * head_dim;

@@ -5,7 +5,7 @@ use super::mask::{TILE, Visible, positions_per_block};
 use super::{AttnMask, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
-use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
 
 /// Up to this many query rows the keys of one block are split among tasks.
 const MAX_DECODE_ROWS: usize = 8;
@@ -27,7 +27,7 @@ struct Block<'a> {
 
 /// A softmax-weighted sum in progress: rows are positions × the group's heads.
 struct Partial {
-    acc: Vec<f32>,
+    acc: Reused,
     max: Vec<f32>,
     sum: Vec<f32>,
 }
@@ -145,11 +145,11 @@ impl Partial {
         let (k, v) = (k.columns(kv_head * head_dim, head_dim), v.columns(kv_head * head_dim, head_dim));
         let visible: Vec<Visible> = (first..first + count).map(|i| mask.visible(i, k.rows())).collect();
         let mut partial = Self {
-            acc: vec![0.0; rows * head_dim],
+            acc: Reused::zeros(rows * head_dim),
             max: vec![f32::NEG_INFINITY; rows],
             sum: vec![0.0; rows],
         };
-        let mut scores = vec![0.0; rows * TILE];
+        let mut scores = Reused::new(rows * TILE);
         for &(start, cols) in tiles {
             let (k, v) = (k.rows_at(start, cols), v.rows_at(start, cols));
             let tile = MatMut::new(&mut scores, rows, cols, TILE);

@@ -7,7 +7,7 @@ use super::{
 use crate::chunk::{CHUNK, add_suffix_sums, check_len, scale};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, dot};
-use crate::{Exec, MatMut, MatRef, Store, Trans, gemm, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, gemm, mixed_gemm};
 
 /// Gradient of [`super::gated_delta`], as [`crate::ssd::ssd_backward`]. Chunked throughout; recomputes the states, and
 /// holds about seven matrices of chunk or state size per 64 tokens meanwhile.
@@ -79,10 +79,10 @@ pub fn gated_delta_backward(
 struct BorderGrads {
     /// Before the walk: what `y` adds to the gradient of the state at the chunk's start. After it: the gradient of
     /// the state at the chunk's end.
-    state: Vec<f32>,
+    state: Reused,
     /// Before the walk: what `y` adds to the gradient of the corrections. After it: the gradient of what the
     /// corrections solve for, `β (v − e^c S_0ᵀ k)`.
-    target: Vec<f32>,
+    target: Reused,
 }
 
 /// One chunk's part of the backward pass.
@@ -106,9 +106,9 @@ fn query_product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRe
 
 impl Chunk<'_> {
     /// `dy` decayed from the chunk's start.
-    fn decayed(&self, exec: &Exec) -> Vec<f32> {
+    fn decayed(&self, exec: &Exec) -> Reused {
         let DeltaShape { heads, head_dim, .. } = self.shape;
-        let mut decayed = vec![0.0; self.dy.len()];
+        let mut decayed = Reused::new(self.dy.len());
         dispatch!(
             exec.isa(),
             scale_rows(self.dy, &self.solver.decay.from_start, heads * head_dim, &mut decayed)
@@ -120,10 +120,10 @@ impl Chunk<'_> {
         let DeltaShape { seq, heads, d_state, head_dim } = self.shape;
         let DeltaInputs { q, k, .. } = self.inputs;
         let rows = seq * heads;
-        let mut scores = vec![0.0; rows * CHUNK];
+        let mut scores = Reused::new(rows * CHUNK);
         query_products(exec, rows, d_state, q, k, &mut scores);
         dispatch!(exec.isa(), |s| weigh_heads(s, &self.solver.decay, heads, &mut scores));
-        let mut target = vec![0.0; seq * head_dim];
+        let mut target = Reused::new(seq * head_dim);
         query_product(
             exec,
             MatMut::dense(&mut target, seq, head_dim),
@@ -131,7 +131,7 @@ impl Chunk<'_> {
             (MatRef::dense(self.dy, rows, head_dim), Trans::No),
             Store::Overwrite,
         );
-        let mut state = vec![0.0; d_state * head_dim];
+        let mut state = Reused::new(d_state * head_dim);
         query_product(
             exec,
             MatMut::dense(&mut state, d_state, head_dim),
@@ -148,7 +148,7 @@ impl Chunk<'_> {
         let DeltaInputs { k, beta, .. } = self.inputs;
         let decay = &self.solver.decay;
         let keys = MatRef::dense(k, seq, d_state);
-        let mut d_corrections = vec![0.0; seq * head_dim];
+        let mut d_corrections = Reused::new(seq * head_dim);
         product(
             exec,
             MatMut::dense(&mut d_corrections, seq, head_dim),
@@ -198,8 +198,8 @@ impl Chunk<'_> {
         let mut sums = Sums { d_sums: [0.0; CHUNK], d_beta: [0.0; CHUNK] };
 
         // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s. Decays get the differences of sums of these products, so they are in f32.
-        let mut scores = vec![0.0; rows * CHUNK];
-        let mut d_scores = vec![0.0; rows * CHUNK];
+        let mut scores = Reused::new(rows * CHUNK);
+        let mut d_scores = Reused::new(rows * CHUNK);
         products(exec, rows, d_state, q, k, &mut scores);
         products(exec, rows, head_dim, self.dy, &self.border.corrections, &mut d_scores);
         dispatch!(exec.isa(), |s| self.weigh_scores(s, &scores, &mut d_scores, &mut sums));
@@ -210,13 +210,13 @@ impl Chunk<'_> {
 
         // y_t += e^{c_t} S_0ᵀ q_t
         let decayed = self.decayed(exec);
-        let mut reads = vec![0.0; rows * d_state];
+        let mut reads = Reused::new(rows * d_state);
         let out = MatMut::dense(&mut reads, rows, d_state);
         product(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), overwrite);
 
         // T_ts = β_t e^{c_t−c_s} (k_t·k_s); its gradient is −(target gradient)·wᵀ.
         let mut triangle = scores;
-        let mut d_triangle = vec![0.0; seq * CHUNK];
+        let mut d_triangle = Reused::new(seq * CHUNK);
         products(exec, seq, d_state, k, k, &mut triangle);
         products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
         dispatch!(exec.isa(), |s| self.weigh_triangle(s, &triangle, &mut d_triangle, &mut sums));
@@ -225,13 +225,13 @@ impl Chunk<'_> {
         product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), add);
 
         // target_t = β_t (v_t − e^{c_t} S_0ᵀ k_t)
-        let mut d_reads = vec![0.0; seq * head_dim];
+        let mut d_reads = Reused::new(seq * head_dim);
         dispatch!(exec.isa(), |s| self.target(s, border, dv, &mut d_reads, &mut sums));
         let out = MatMut::dense(dk, seq, d_state);
         product(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), add);
 
         // S_last = e^{c_last} S_0 + Σ_s e^{c_last−c_s} k_s w_sᵀ
-        let mut writes = vec![0.0; seq * d_state];
+        let mut writes = Reused::new(seq * d_state);
         let corrections = MatRef::dense(&self.border.corrections, seq, head_dim);
         let d_state_out = MatRef::dense(&border.state, d_state, head_dim);
         let out = MatMut::dense(&mut writes, seq, d_state);
@@ -290,7 +290,8 @@ impl Chunk<'_> {
             d_triangle[t] = 0.0;
             let mut row_sums = [0.0f32; CHUNK];
             for i in 0..CHUNK {
-                row_sums[i] = -d_triangle[i] * triangle[i];
+                // Columns from the diagonal on are zero, or no tokens.
+                row_sums[i] = if i < t { -d_triangle[i] * triangle[i] } else { 0.0 };
                 columns[i] = s.fma(beta, row_sums[i], columns[i]);
                 d_triangle[i] *= -beta;
             }

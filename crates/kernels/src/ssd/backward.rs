@@ -4,7 +4,7 @@ use super::{SsdGrads, SsdInputs, SsdShape, chunk_states, column, decays, pass_he
 use crate::chunk::{CHUNK, DECAY_LANES, Decay, add_suffix_sums, check_len, scaled};
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, dot};
-use crate::{Exec, MatMut, MatRef, Store, Trans, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
 
 /// Gradient of [`super::ssd`] from `initial_state` (zeros when `None`), given the gradients of `y` and, when given, of the
 /// final state. Adds to `grads` and, when given, to `d_initial_state`. Chunked; recomputes the states, and holds two
@@ -41,9 +41,9 @@ pub fn ssd_backward(
     let mut d_carry = or_zeros(d_final_state, "d_final_state");
     let chunks = seq.div_ceil(CHUNK);
     let decays = decays(exec, shape, inputs);
-    let mut states = vec![0.0; chunks * state_len];
+    let mut states = Reused::new(chunks * state_len);
     chunk_states(exec, shape, inputs, &decays, &mut carry, &mut states);
-    let mut d_states = vec![0.0; chunks * state_len];
+    let mut d_states = Reused::new(chunks * state_len);
     chunk_state_gradients(exec, shape, inputs, dy, &decays, &mut d_carry, &mut d_states);
     if let Some(d_initial_state) = d_initial_state {
         check_len("d_initial_state", d_initial_state.len(), state_len);
@@ -98,7 +98,7 @@ fn chunk_state_gradients(
     let (q_row, y_row) = (heads * d_state, heads * head_dim);
     exec.parallel_chunks(d_states, shape.state_len(), |chunk, d_states| {
         let (shape, inputs) = inputs.chunk(shape, chunk);
-        let mut decayed = vec![0.0; shape.seq * y_row];
+        let mut decayed = Reused::new(shape.seq * y_row);
         let dy = &dy[chunk * CHUNK * y_row..][..shape.seq * y_row];
         dispatch!(exec.isa(), decayed_rows(shape, &decays[chunk], dy, &mut decayed));
         for (head, d_state_out) in d_states.chunks_exact_mut(d_state * head_dim).enumerate() {
@@ -156,8 +156,8 @@ impl Chunk<'_> {
         let (dy_mat, v_mat) = (MatRef::dense(self.dy, rows, head_dim), MatRef::dense(v, seq, head_dim));
 
         // Inside the chunk: q·k and dy·v of every pair become the weights of v and of q, k.
-        let mut scores = vec![0.0; rows * CHUNK];
-        let mut d_scores = vec![0.0; rows * CHUNK];
+        let mut scores = Reused::new(rows * CHUNK);
+        let mut d_scores = Reused::new(rows * CHUNK);
         product(MatMut::new(&mut scores, rows, seq, CHUNK), q_mat, no, k_mat, yes, Store::Overwrite);
         product(MatMut::new(&mut d_scores, rows, seq, CHUNK), dy_mat, no, v_mat, yes, Store::Overwrite);
         let mut sums = vec![HeadSums::default(); heads];
@@ -169,9 +169,9 @@ impl Chunk<'_> {
         product(MatMut::dense(dk, seq, d_state), d_scores, yes, q_mat, no, Store::Accumulate);
 
         // Reads of the first state, and writes to the last one.
-        let mut decayed = vec![0.0; rows * head_dim];
+        let mut decayed = Reused::new(rows * head_dim);
         dispatch!(exec.isa(), decayed_rows(self.shape, self.decays, self.dy, &mut decayed));
-        let mut reads = vec![0.0; rows * d_state];
+        let mut reads = Reused::new(rows * d_state);
         for (head, state) in self.state.chunks_exact(d_state * head_dim).enumerate() {
             product(
                 MatMut::new(&mut reads[head * d_state..], seq, d_state, heads * d_state),
@@ -183,7 +183,7 @@ impl Chunk<'_> {
             );
         }
         let d_state_mat = MatRef::dense(self.d_state_out, heads * d_state, head_dim);
-        let mut writes = vec![0.0; rows * d_state];
+        let mut writes = Reused::new(rows * d_state);
         product(
             MatMut::dense(&mut writes, seq, heads * d_state),
             v_mat,
@@ -192,7 +192,7 @@ impl Chunk<'_> {
             yes,
             Store::Overwrite,
         );
-        let mut keys = vec![0.0; rows * d_state];
+        let mut keys = Reused::new(rows * d_state);
         dispatch!(exec.isa(), weighted_keys(self.shape, self.inputs, self.decays, &mut keys));
         let keys = MatRef::dense(&keys, seq, heads * d_state);
         product(MatMut::dense(dv, seq, head_dim), keys, no, d_state_mat, no, Store::Accumulate);

@@ -120,9 +120,9 @@ pub fn fit(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_>) ->
     if layout.has_local() {
         let out = MatMut::dense(&mut kept, seq, d_inner);
         let rotated = local::rotated(&ctx, &raw, 0);
-        let lse = local::forward(&ctx, &rotated, &raw.v, &mut cache, out);
+        let lse = local::forward(&ctx, [&rotated[0], &rotated[1]], &raw.v, &mut cache, out);
         if let (Some(far), Some(lse)) = (&w.far, lse) {
-            let total = local::log_denominators(&ctx, &rotated, &raw.v);
+            let total = local::log_denominators(&ctx, [&rotated[0], &rotated[1]], &raw.v);
             let mut logits = Linear::new(far.proj, None).forward(&ctx, x, q_heads);
             let [bias, count] = weighed::fit(&ctx, &logits, &lse, &total);
             elementwise::add_bias(exec, &bias, &mut logits);

@@ -3,7 +3,7 @@
 
 use super::{Ctx, HeadDims, HeadLayout, Linear, NamedTensors, Qkv, QkvRef};
 use crate::plan::RecurrentKind;
-use kernels::MatRef;
+use kernels::{MatRef, Reused};
 
 /// Where the rows of a projection come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,10 +67,10 @@ pub(super) enum RecurrentInputs<T> {
 /// [`HeadInputs`] of its own.
 pub(super) struct Projected {
     pub qkv: Option<Qkv>,
-    pub recurrent: RecurrentInputs<Vec<f32>>,
+    pub recurrent: RecurrentInputs<Reused>,
 }
 
-impl RecurrentInputs<Vec<f32>> {
+impl RecurrentInputs<Reused> {
     /// The same values, `seq` rows each.
     pub fn view(&self, seq: usize) -> RecurrentInputs<MatRef<'_>> {
         match self {

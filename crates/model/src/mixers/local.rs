@@ -5,16 +5,16 @@ use super::{BaseGroup, BaseGroupGrads, Ctx, HeadCache, HeadDims, Qkv};
 use crate::plan::Dropped;
 use kernels::attention::{AttnMask, AttnSaved, AttnShape, attention, attention_backward};
 use kernels::rope::{Rotation, rope};
-use kernels::{MatMut, MatRef, elementwise};
+use kernels::{MatMut, MatRef, Reused, elementwise};
 
 /// What the backward pass reads besides the raw projections.
 pub(super) struct LocalSaved {
     /// Queries after norm and RoPE.
-    q: Vec<f32>,
+    q: Reused,
     /// Keys after norm and RoPE.
-    k: Vec<f32>,
+    k: Reused,
     /// With the compensation tokens, as `lse`.
-    out: Vec<f32>,
+    out: Reused,
     lse: Vec<f32>,
     /// Of the dropped tokens, where they are averaged.
     means: Option<Means>,
@@ -24,7 +24,7 @@ pub(super) struct LocalSaved {
 /// rotated. Returns the log denominators `[T, G]` where dropped tokens are averaged or weighed.
 pub(super) fn forward(
     ctx: &Ctx<'_>,
-    (q, k): &(Vec<f32>, Vec<f32>),
+    [q, k]: [&[f32]; 2],
     v: &[f32],
     cache: &mut HeadCache,
     mut out: MatMut<'_>,
@@ -72,9 +72,9 @@ fn merge(ctx: &Ctx<'_>, means: &Means, q: &[f32], mut out: MatMut<'_>, lse: &mut
 pub(super) fn forward_train(ctx: &Ctx<'_>, raw: &Qkv, mut out: MatMut<'_>) -> LocalSaved {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
     let seq = ctx.seq;
-    let (q, k) = rotated(ctx, raw, 0);
+    let [q, k] = rotated(ctx, raw, 0);
     let kv_pos: Vec<usize> = (0..seq).collect();
-    let mut dense = vec![0.0; seq * q_heads * head_dim];
+    let mut dense = Reused::new(seq * q_heads * head_dim);
     let mut lse = vec![0.0; seq * q_heads];
     attention(
         ctx.exec,
@@ -99,10 +99,10 @@ pub(super) fn forward_train(ctx: &Ctx<'_>, raw: &Qkv, mut out: MatMut<'_>) -> Lo
 }
 
 /// Log denominators `[T, G]` of causal attention to everything, of a sequence from its start.
-pub(super) fn log_denominators(ctx: &Ctx<'_>, (q, k): &(Vec<f32>, Vec<f32>), v: &[f32]) -> Vec<f32> {
+pub(super) fn log_denominators(ctx: &Ctx<'_>, [q, k]: [&[f32]; 2], v: &[f32]) -> Vec<f32> {
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
     let (seq, d_inner) = (ctx.seq, q_heads * head_dim);
-    let (mut out, mut lse) = (vec![0.0; seq * d_inner], vec![0.0; seq * q_heads]);
+    let (mut out, mut lse) = (Reused::new(seq * d_inner), vec![0.0; seq * q_heads]);
     attention(
         ctx.exec,
         shape(ctx),
@@ -135,7 +135,7 @@ pub(super) fn backward(
     let HeadDims { q_heads, head_dim, .. } = ctx.env.layout.dims;
     let (seq, d_inner) = (ctx.seq, q_heads * head_dim);
     let kv_pos: Vec<usize> = (0..seq).collect();
-    let (mut dq, mut dk) = (vec![0.0; raw.q.len()], vec![0.0; raw.k.len()]);
+    let (mut dq, mut dk) = (Reused::zeros(raw.q.len()), Reused::zeros(raw.k.len()));
     let inputs = AttnSaved {
         q: MatRef::dense(&saved.q, seq, d_inner),
         k: MatRef::dense(&saved.k, seq, head_dim),
@@ -179,22 +179,19 @@ fn norm_backward(
 }
 
 /// Queries and keys after the base's norms and RoPE, the first row at position `pos0`.
-pub(super) fn rotated(ctx: &Ctx<'_>, raw: &Qkv, pos0: usize) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn rotated(ctx: &Ctx<'_>, raw: &Qkv, pos0: usize) -> [Reused; 2] {
     let base = &ctx.env.base;
     let one = |raw: &[f32], norm: Option<&[f32]>| {
-        let mut rotated = match norm {
-            Some(weight) => {
-                let mut out = vec![0.0; raw.len()];
-                elementwise::rms_norm(ctx.exec, raw, weight, base.norm_eps, &mut out);
-                out
-            }
-            None => raw.to_vec(),
-        };
+        let mut rotated = Reused::new(raw.len());
+        match norm {
+            Some(weight) => elementwise::rms_norm(ctx.exec, raw, weight, base.norm_eps, &mut rotated),
+            None => rotated.copy_from_slice(raw),
+        }
         let (head_dim, seq) = (ctx.env.layout.dims.head_dim, ctx.seq);
         rope(ctx.exec, &mut rotated, head_dim, ctx.env.inv_freq, seq, pos0, Rotation::Forward);
         rotated
     };
-    (one(&raw.q, base.q_norm), one(&raw.k, base.k_norm))
+    [one(&raw.q, base.q_norm), one(&raw.k, base.k_norm)]
 }
 
 fn shape(ctx: &Ctx<'_>) -> AttnShape {

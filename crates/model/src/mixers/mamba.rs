@@ -5,29 +5,29 @@ use kernels::conv::{short_conv, short_conv_backward};
 use kernels::scan::{
     ScanGrads, ScanInputs, ScanShape, selective_scan, selective_scan_backward, selective_scan_step,
 };
-use kernels::{MatMut, MatRef, elementwise};
+use kernels::{MatMut, MatRef, Reused, elementwise};
 
 /// What the backward pass reads; everything else is recomputed.
 pub(super) struct MambaSaved {
     /// Before the conv, `[T, G·D]`.
-    pub u: Vec<f32>,
+    pub u: Reused,
     /// Gate logits, `[T, G·D]`.
-    pub z: Vec<f32>,
+    pub z: Reused,
     pub scanned: Scanned,
 }
 
 /// What the forward pass computes on its way.
 pub(super) struct Scanned {
     selection: Selection,
-    y: Vec<f32>,
+    y: Reused,
 }
 
 /// What depends on the token in the scan.
 struct Selection {
     /// `Δ_r`, B and C, `[T, R + 2N]`.
-    projected: Vec<f32>,
+    projected: Reused,
     /// After softplus, `[T, G·D]`.
-    delta: Vec<f32>,
+    delta: Reused,
     /// `[T, N]`.
     b: Vec<f32>,
     /// `[T, N]`.
@@ -49,13 +49,13 @@ pub(super) fn forward(
     activate(ctx, &mut active);
     let selection = select(ctx, w, &active);
     let a = decay(w);
-    let mut y = vec![0.0; ctx.seq * d_inner];
+    let mut y = Reused::new(ctx.seq * d_inner);
     let inputs = inputs(w, &active, &selection, &a);
     match form {
         Form::Chunked => selective_scan(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y),
         Form::Step => selective_scan_step(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y),
     }
-    let mut gated = vec![0.0; y.len()];
+    let mut gated = Reused::new(y.len());
     elementwise::swiglu(ctx.exec, &z.to_dense(), &y, &mut gated);
     for (t, row) in gated.chunks_exact(d_inner).enumerate() {
         out.row_mut(t).iter_mut().zip(row).for_each(|(o, g)| *o += g);

@@ -238,8 +238,8 @@ pub fn forward(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, cache: &mut HeadCa
     let Projected { qkv, recurrent } = Projected::new(&ctx, &weights);
     let lse = match &qkv {
         Some(raw) if env.layout.has_local() => {
-            let rotated = local::rotated(&ctx, raw, cache.seen);
-            local::forward(&ctx, &rotated, &raw.v, cache, out.reborrow())
+            let [q, k] = local::rotated(&ctx, raw, cache.seen);
+            local::forward(&ctx, [&q, &k], &raw.v, cache, out.reborrow())
         }
         _ => {
             fill_zero(&mut out);
@@ -264,7 +264,7 @@ pub fn attend_projected(
 ) {
     let ctx = Ctx::projected(exec, env, out.rows());
     ctx.check_output(out.rows(), out.cols());
-    local::forward(&ctx, &(q.to_dense(), k.to_dense()), &v.to_dense(), cache, out);
+    local::forward(&ctx, [&q.to_dense(), &k.to_dense()], &v.to_dense(), cache, out);
 }
 
 /// Brings the recurrent branch of [`forward`] into `out`, where the local one is, from finished projections, and advances everything in `cache`
@@ -375,7 +375,7 @@ pub fn backward<'a>(
     if ctx.seq == 0 {
         return;
     }
-    let dout = dout.to_dense();
+    let dout = dout.dense_values();
     let weights = ctx.weights();
     let mut grads = grads.map(|g| NamedTensors::new(&env.layout, g.values.iter_mut().map(Vec::as_mut_slice)));
     let mut d_raw = Qkv::zeros(ctx.seq, env.layout.dims);

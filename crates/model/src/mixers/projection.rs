@@ -2,7 +2,7 @@
 
 use super::{Ctx, HeadDims, QkvTensors};
 use kernels::linear::{LayerInput, linear, linear_backward};
-use kernels::{MatMut, MatRef, Store, elementwise};
+use kernels::{MatMut, MatRef, Reused, Store, elementwise};
 
 /// The base group's projection rows and norms.
 #[derive(Clone, Copy, Debug)]
@@ -61,9 +61,9 @@ impl BaseGroupGrads {
 
 /// Projected queries `[T, G·D]`, keys and values `[T, D]`, or their gradients.
 pub(super) struct Qkv {
-    pub q: Vec<f32>,
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
+    pub q: Reused,
+    pub k: Reused,
+    pub v: Reused,
 }
 
 /// [`Qkv`] of somebody else, perhaps columns of a larger matrix.
@@ -84,10 +84,17 @@ impl Qkv {
         }
     }
 
-    pub fn zeros(seq: usize, dims: HeadDims) -> Self {
+    /// Of open contents.
+    pub fn new(seq: usize, dims: HeadDims) -> Self {
         let HeadDims { q_heads, head_dim, .. } = dims;
-        let kv = vec![0.0; seq * head_dim];
-        Self { q: vec![0.0; seq * q_heads * head_dim], k: kv.clone(), v: kv }
+        let width = |heads| Reused::new(seq * heads * head_dim);
+        Self { q: width(q_heads), k: width(1), v: width(1) }
+    }
+
+    pub fn zeros(seq: usize, dims: HeadDims) -> Self {
+        let mut zeros = Self::new(seq, dims);
+        [&mut zeros.q, &mut zeros.k, &mut zeros.v].into_iter().for_each(|x| x.fill(0.0));
+        zeros
     }
 }
 
@@ -111,10 +118,10 @@ impl<'a> Linear<'a> {
     }
 
     /// `x Wᵀ + b`, dense `[rows, n_out]`.
-    pub fn forward<'x>(&self, ctx: &Ctx<'_>, x: impl Into<LayerInput<'x>>, n_out: usize) -> Vec<f32> {
+    pub fn forward<'x>(&self, ctx: &Ctx<'_>, x: impl Into<LayerInput<'x>>, n_out: usize) -> Reused {
         let x = x.into();
         let (rows, cols) = (x.values.rows(), x.values.cols());
-        let mut out = vec![0.0; rows * n_out];
+        let mut out = Reused::new(rows * n_out);
         let weight = MatRef::dense(self.weight, n_out, cols);
         linear(ctx.exec, x, weight, MatMut::dense(&mut out, rows, n_out), Store::Overwrite);
         if let Some(bias) = self.bias {

@@ -9,7 +9,7 @@ use super::{
 use crate::plan::RecurrentKind;
 use kernels::conv::{short_conv, short_conv_backward, short_conv_unit};
 use kernels::gate::{add_gated, add_gated_backward, blend_gated, blend_gated_backward};
-use kernels::{MatMut, MatRef, elementwise};
+use kernels::{MatMut, MatRef, Reused, elementwise};
 
 /// Which form of the recurrence runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,14 +51,14 @@ pub(super) struct Logits<'a> {
 /// What the backward pass reads besides the raw projections.
 pub(super) struct QkvSaved {
     /// `x W_zᵀ`, `[T, G·D]`.
-    pub gate: Vec<f32>,
+    pub gate: Reused,
     pub recurred: Recurred,
 }
 
 /// What the forward pass computes on its way: the rates, and the recurrence's output `[T, G·D]` before gain and gate.
 pub(super) struct Recurred {
     rates: Rates,
-    pub y: Vec<f32>,
+    pub y: Reused,
     /// The window's share `[T, G]`, where dropped tokens are weighed.
     keep: Option<Vec<f32>>,
 }
@@ -66,15 +66,15 @@ pub(super) struct Recurred {
 /// Gradients of what the window contributes to a blend.
 pub(super) struct WindowGrads {
     /// Of its output, `[T, G·D]`.
-    pub out: Vec<f32>,
+    pub out: Reused,
     /// Of its log denominators, `[T, G]`.
     pub lse: Vec<f32>,
 }
 
 /// Queries and keys right after the convs; queries and keys normalised, and values, as the recurrence reads them.
 struct Mixed {
-    conv_q: Vec<f32>,
-    conv_k: Vec<f32>,
+    conv_q: Reused,
+    conv_k: Reused,
     unit: Qkv,
 }
 
@@ -115,7 +115,7 @@ pub(super) fn recurrence(
     let mut log_a = dt.to_dense();
     log_a.iter_mut().for_each(|a| *a = -elementwise::softplus(*a));
     let mut rates = Rates { log_a, input: input.to_dense() };
-    let mut y = vec![0.0; ctx.seq * layout.d_inner()];
+    let mut y = Reused::new(ctx.seq * layout.d_inner());
     match layout.spec.recurrent {
         RecurrentKind::GatedDelta => {
             rates.input.iter_mut().for_each(|b| *b = elementwise::sigmoid(*b));
@@ -140,12 +140,12 @@ pub(super) fn backward(
 ) -> Option<WindowGrads> {
     let layout = &ctx.env.layout;
     let Recurred { rates, y, keep } = &saved.recurred;
-    let (mut dy, mut dz) = (vec![0.0; dout.len()], vec![0.0; dout.len()]);
+    let (mut dy, mut dz) = (Reused::new(dout.len()), Reused::new(dout.len()));
     let d_gain = grads.as_mut().map(|g| &mut *g.gain);
     let window_grads = match (&w.far, keep) {
         (Some(tensors), Some(keep)) => {
             let window = window.expect("a window beside what it drops");
-            let (mut out, mut dkeep) = (vec![0.0; dout.len()], vec![0.0; keep.len()]);
+            let (mut out, mut dkeep) = (Reused::new(dout.len()), vec![0.0; keep.len()]);
             let inputs = [y, &saved.gate, dout, window];
             let outputs = [&mut dy[..], &mut dz, &mut out];
             blend_gated_backward(ctx.exec, inputs, w.gain, keep, outputs, &mut dkeep, d_gain);
@@ -204,7 +204,7 @@ pub(super) fn backward(
 fn unit(ctx: &Ctx<'_>, w: &QkvTensors<&[f32]>, raw: QkvRef<'_>, tails: &mut [Vec<f32>]) -> Qkv {
     let head = (ctx.env.layout.dims.head_dim, L2_EPS);
     let [q_tail, k_tail, v_tail] = tails else { panic!("three conv tails, found {}", tails.len()) };
-    let mut unit = Qkv::zeros(ctx.seq, ctx.env.layout.dims);
+    let mut unit = Qkv::new(ctx.seq, ctx.env.layout.dims);
     short_conv_unit(ctx.exec, raw.q, w.q_conv, head, q_tail, &mut unit.q);
     short_conv_unit(ctx.exec, raw.k, w.k_conv, head, k_tail, &mut unit.k);
     short_conv(ctx.exec, raw.v, w.v_conv, None, v_tail, &mut unit.v);
@@ -215,8 +215,8 @@ fn unit(ctx: &Ctx<'_>, w: &QkvTensors<&[f32]>, raw: QkvRef<'_>, tails: &mut [Vec
 fn mix(ctx: &Ctx<'_>, w: &QkvTensors<&[f32]>, raw: QkvRef<'_>, tails: &mut [Vec<f32>]) -> Mixed {
     let head_dim = ctx.env.layout.dims.head_dim;
     let [q_tail, k_tail, v_tail] = tails else { panic!("three conv tails, found {}", tails.len()) };
-    let mut unit = Qkv::zeros(ctx.seq, ctx.env.layout.dims);
-    let (mut conv_q, mut conv_k) = (vec![0.0; unit.q.len()], vec![0.0; unit.k.len()]);
+    let mut unit = Qkv::new(ctx.seq, ctx.env.layout.dims);
+    let (mut conv_q, mut conv_k) = (Reused::new(unit.q.len()), Reused::new(unit.k.len()));
     short_conv(ctx.exec, raw.q, w.q_conv, None, q_tail, &mut conv_q);
     short_conv(ctx.exec, raw.k, w.k_conv, None, k_tail, &mut conv_k);
     short_conv(ctx.exec, raw.v, w.v_conv, None, v_tail, &mut unit.v);
@@ -237,7 +237,7 @@ fn mix_backward(
     let HeadDims { head_dim, .. } = ctx.env.layout.dims;
     let d_inner = ctx.env.layout.d_inner();
     let unit_backward = |x: &[f32], dout: &[f32]| {
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = Reused::zeros(x.len());
         elementwise::l2_norm_backward(ctx.exec, x, head_dim, L2_EPS, dout, &mut dx);
         dx
     };

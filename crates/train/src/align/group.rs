@@ -5,7 +5,7 @@ use crate::error::{Result, TrainError};
 use crate::optim::{Moments, StepRule, clip_scale};
 use crate::teacher::teacher;
 use kernels::elementwise::tensor_dot;
-use kernels::{Exec, MatMut, MatRef, Store, Trans, gemm, mixed_gemm};
+use kernels::{Exec, MatMut, MatRef, Reused, Store, Trans, gemm, mixed_gemm};
 use model::mixers::{self, HeadEnv, HeadLayout, HeadTensors, TensorClass};
 use model::{Engine, Model, ModelError, Progress, TokenBatch};
 use surgery::HeadBank;
@@ -224,14 +224,7 @@ impl GroupTrainer {
     fn accumulate(&mut self, exec: &Exec, context: &GroupContext<'_>, inputs: &LayerInputs, group: usize) {
         let width = context.width;
         let target = |s| inputs.out(s).columns(group * width, width);
-        let mut products = Vec::new();
-        let reference: f64 = (0..inputs.sequences())
-            .map(|s| {
-                let o = target(s).to_dense();
-                self.times_gram(exec, &o, &mut products);
-                tensor_dot(exec.isa(), &products, &o)
-            })
-            .sum();
+        let reference: f64 = (0..inputs.sequences()).map(|s| self.times_gram(exec, target(s)).0).sum();
         if context.fit {
             let longest = inputs.longest();
             let env = context.env(inputs.layer, group, &self.weights);
@@ -242,18 +235,17 @@ impl GroupTrainer {
         }
         self.grads.values.iter_mut().for_each(|g| g.fill(0.0));
         let env = context.env(inputs.layer, group, &self.weights);
-        let mut diff = Vec::new();
         let mut error = 0.0;
         // 2 / reference, and no gradient where the base's output is exactly zero.
         let scale = if reference == 0.0 { 0.0 } else { (2.0 / reference) as f32 };
         for s in 0..inputs.sequences() {
             let x = inputs.x(s);
             let seq = x.values.rows();
-            diff.resize(seq * width, 0.0);
+            let mut diff = Reused::new(seq * width);
             let saved = mixers::forward_train(exec, &env, x, MatMut::dense(&mut diff, seq, width));
             subtract(&mut diff, target(s));
-            self.times_gram(exec, &diff, &mut products);
-            error += tensor_dot(exec.isa(), &products, &diff);
+            let (squares, mut products) = self.times_gram(exec, MatRef::dense(&diff, seq, width));
+            error += squares;
             products.iter_mut().for_each(|p| *p *= scale);
             let dout = MatRef::dense(&products, seq, width);
             mixers::backward(exec, &env, x, &saved, dout, Some(&mut self.grads), None, None);
@@ -273,24 +265,23 @@ impl GroupTrainer {
         let (seq, width) = (inputs.x(0).values.rows(), context.width);
         let target = inputs.out(0).columns(group * width, width);
         let env = context.env(inputs.layer, group, &self.weights);
-        let mut diff = vec![0.0; seq * width];
+        let mut diff = Reused::new(seq * width);
         mixers::forward_train(exec, &env, inputs.x(0), MatMut::dense(&mut diff, seq, width));
         subtract(&mut diff, target);
-        let mut products = Vec::new();
-        self.times_gram(exec, &diff, &mut products);
-        let error = tensor_dot(exec.isa(), &products, &diff);
-        let o = target.to_dense();
-        self.times_gram(exec, &o, &mut products);
-        (error, tensor_dot(exec.isa(), &products, &o))
+        let (error, _) = self.times_gram(exec, MatRef::dense(&diff, seq, width));
+        (error, self.times_gram(exec, target).0)
     }
 
-    /// `out = values · gram`, both `[seq, G·D]`.
-    fn times_gram(&self, exec: &Exec, values: &[f32], out: &mut Vec<f32>) {
-        out.resize(values.len(), 0.0);
-        let width = self.gram.len().isqrt();
-        let rows = values.len() / width;
-        let (a, b) = (MatRef::dense(values, rows, width), MatRef::dense(&self.gram, width, width));
-        mixed_gemm(exec, MatMut::dense(out, rows, width), a, Trans::No, b, Trans::No, 1.0, Store::Overwrite);
+    /// `Σ_t ‖W_O,g v_t‖²`, and the rows `v_tᵀ W_O,gᵀ W_O,g` that it is the sum of dot products with; `values` and they are `[seq, G·D]`.
+    fn times_gram(&self, exec: &Exec, values: MatRef<'_>) -> (f64, Reused) {
+        let (rows, width) = (values.rows(), values.cols());
+        let mut products = Reused::new(rows * width);
+        let (out, gram) =
+            (MatMut::dense(&mut products, rows, width), MatRef::dense(&self.gram, width, width));
+        mixed_gemm(exec, out, values, Trans::No, gram, Trans::No, 1.0, Store::Overwrite);
+        let pairs = products.chunks_exact(width).enumerate();
+        let squares = pairs.map(|(t, row)| tensor_dot(exec.isa(), row, values.row(t))).sum();
+        (squares, products)
     }
 }
 
