@@ -87,11 +87,12 @@ def train_rows():
     rows = []
     for step, shape, target in (
         ("full", "2x512", 2.0), ("full", "1x2048", 2.0), ("full-checkpointed", "2x512", None), ("align", "2x512", 4.0),
-        ("align", "1x2048", None), ("distill", "2x512", 1.5), ("distill", "1x2048", None),
+        ("align", "1x2048", None), ("align-mamba2", "2x512", 4.0), ("align-mamba2", "1x2048", None), ("distill", "2x512", 1.5),
+        ("distill", "1x2048", None),
     ):
         what = {
             "full": "every weight", "full-checkpointed": "every weight, checkpointed activations", "align": "heads of all groups (align)",
-            "distill": "new heads of β 0.75 (distill)",
+            "align-mamba2": "Mamba-2 heads beside a window of 64 of all groups (align)", "distill": "new heads of β 0.75 (distill)",
         }[step]
         title = f"training step, {what}, {shape.replace('x', ' × ')} / PyTorch's step of every weight"
         rows.append(Row(f"train/{step}/{shape}", title, (f"train/ours/{step}/{shape}:speed",), (f"train/torch/full/{shape}:speed",), target))

@@ -1,5 +1,5 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-checkpointed, distill, align),
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-checkpointed, distill, align, align-mamba2),
 and gives a dictionary of metrics."""
 
 import json
@@ -140,10 +140,11 @@ class Runner:
             printed, _, mib = call([self.tools.python, script, str(self.tools.threads), shape, str(TRAIN_STEPS)], "memory may be short")
             return {"speed": float(printed), "mib": mib}
         batch, length = shape.split("x")
-        step, checkpointed = step.removesuffix("-checkpointed"), step.endswith("-checkpointed")
+        step, _, how = step.partition("-")
+        options = {"": [], "checkpointed": ["--checkpoint-activations"], "mamba2": ["--mixer", "mamba2", "--window", "64"]}[how]
         command = self.tools.ours(
             "bench-train", "--model", MODEL, "--steps", step, "--batch", batch, "--context", length, "--repeats", str(TRAIN_STEPS), "--json",
-            *(["--checkpoint-activations"] if checkpointed else []),
+            *options,
         )
         printed, _, mib = call(command, FITS)
         (result,) = json.loads(printed)["results"]

@@ -381,6 +381,25 @@ impl MixerArg {
         };
         Ok(MixerSpec::of(recurrent, window, sinks, config.head_dim))
     }
+
+    /// [`spec`](Self::spec) of heads that are trained: where `dropped` does not say otherwise, what the window drops is weighed if the mixer can.
+    pub fn trained_spec(
+        self,
+        config: &ModelConfig,
+        window: usize,
+        sinks: Option<usize>,
+        dropped: Option<DroppedArg>,
+    ) -> Result<MixerSpec> {
+        let spec = self.spec(config, window, sinks)?;
+        let dropped = match dropped {
+            Some(dropped) => dropped.into(),
+            None if spec.can_weigh() => Dropped::Weighed,
+            None => Dropped::Forgotten,
+        };
+        let spec = MixerSpec { dropped, ..spec };
+        spec.validate(config.head_dim)?;
+        Ok(spec)
+    }
 }
 
 /// What becomes of tokens that a window no longer shows.

@@ -1,6 +1,9 @@
 //! The vector token that [`dispatch!`](crate::isa) hands to kernels, and the exponential they share.
 //! Knows registers and lanes; knows nothing of matrices.
 
+use crate::quant::half_to_f32;
+use half::f16;
+
 /// Proof of an instruction set inside a dispatched body, with its scalar and vector operations.
 pub(crate) trait Simd: Copy {
     /// One vector register.
@@ -13,8 +16,9 @@ pub(crate) trait Simd: Copy {
     fn splat(self, x: f32) -> Self::V;
     /// The first `LANES` values of `x`. Panics when there are fewer.
     fn load(self, x: &[f32]) -> Self::V;
+    /// The first `LANES` values of `x`, widened. Panics when there are fewer.
+    fn load_f16(self, x: &[f16]) -> Self::V;
     /// Writes the first `LANES` values of `out`. Panics when there are fewer.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn store(self, v: Self::V, out: &mut [f32]);
     /// Lane-wise sum.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -45,6 +49,12 @@ impl<const FUSED: bool> Simd for Portable<FUSED> {
     fn load(self, x: &[f32]) -> [f32; 8] {
         let mut v = [0.0; 8];
         v.copy_from_slice(&x[..8]);
+        v
+    }
+    #[inline(always)]
+    fn load_f16(self, x: &[f16]) -> [f32; 8] {
+        let mut v = [0.0; 8];
+        v.iter_mut().zip(&x[..8]).for_each(|(v, x)| *v = half_to_f32(x.to_bits()));
         v
     }
     #[inline(always)]
@@ -82,12 +92,14 @@ pub(crate) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
+    use half::f16;
+
     use super::Simd;
 
     /// Proof that AVX-512 F/BW/DQ/VL and FMA may be used here.
     #[derive(Clone, Copy, Debug)]
     pub(crate) struct Avx512(());
-    /// Proof that AVX2 and FMA may be used here.
+    /// Proof that AVX2, FMA and F16C may be used here.
     #[derive(Clone, Copy, Debug)]
     pub(crate) struct Avx2(());
 
@@ -101,7 +113,7 @@ mod x86 {
     }
     impl Avx2 {
         /// # Safety
-        /// The CPU has AVX2 and FMA.
+        /// The CPU has AVX2, FMA and F16C.
         #[inline(always)]
         pub(crate) unsafe fn new() -> Self {
             Self(())
@@ -125,6 +137,12 @@ mod x86 {
             let x = &x[..16];
             // SAFETY: the token proves AVX-512; `x` has 16 values (sliced above), unaligned loads are allowed.
             unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn load_f16(self, x: &[f16]) -> __m512 {
+            let x = &x[..16];
+            // SAFETY: the token proves AVX-512; `x` has 16 values of two bytes (sliced above), unaligned loads are allowed.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
         }
         #[inline(always)]
         fn store(self, v: __m512, out: &mut [f32]) {
@@ -171,6 +189,12 @@ mod x86 {
             let x = &x[..8];
             // SAFETY: the token proves AVX2; `x` has 8 values (sliced above), unaligned loads are allowed.
             unsafe { _mm256_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn load_f16(self, x: &[f16]) -> __m256 {
+            let x = &x[..8];
+            // SAFETY: the token proves F16C; `x` has 8 values of two bytes (sliced above), unaligned loads are allowed.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())) }
         }
         #[inline(always)]
         fn store(self, v: __m256, out: &mut [f32]) {
@@ -241,6 +265,19 @@ fn sum_of_products<S: Simd, const N: usize>(s: S, x: [&[f32]; N]) -> f32 {
         sum += x.iter().fold(1.0, |p, x| p * x[i]);
     }
     sum
+}
+
+/// `out = x`, of the same length.
+#[inline(always)]
+pub(crate) fn widen<S: Simd>(s: S, x: &[f16], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len());
+    let whole = x.len() / S::LANES * S::LANES;
+    for at in (0..whole).step_by(S::LANES) {
+        s.store(s.load_f16(&x[at..]), &mut out[at..]);
+    }
+    for (out, x) in out[whole..].iter_mut().zip(&x[whole..]) {
+        *out = half_to_f32(x.to_bits());
+    }
 }
 
 /// Sum of the values.

@@ -6,7 +6,6 @@ use crate::common::{
 use crate::ui::Ui;
 use anyhow::Result;
 use eval::report::number;
-use model::{Dropped, MixerSpec};
 use std::path::PathBuf;
 use surgery::{HeadBank, HeadsReport, bank::init_bank};
 use train::align::{AlignOptions, align};
@@ -95,14 +94,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     let loaded = load(&args.model, ui)?;
     let config = &loaded.model.config;
     check_context(config, args.context)?;
-    let spec = args.mixer.spec(config, args.window, args.sinks)?;
-    let dropped = match args.dropped {
-        Some(dropped) => dropped.into(),
-        None if spec.can_weigh() => Dropped::Weighed,
-        None => Dropped::Forgotten,
-    };
-    let spec = MixerSpec { dropped, ..spec };
-    spec.validate(config.head_dim)?;
+    let spec = args.mixer.trained_spec(config, args.window, args.sinks, args.dropped)?;
     let heads = HeadsReport::read(&args.heads)?;
     let (train, heldout) =
         data::split_pair(documents(&args.data, Split::Train, &loaded.checkpoint, &exec, ui)?);

@@ -14,6 +14,7 @@ use surgery::criteria;
 use surgery::select::{SelectOptions, select};
 use surgery::stats::{AnalyzeOptions, analyze};
 use train::bench::{Contestant, StepShape, random_tokens, time_steps};
+use train::recipe::DEFAULT;
 
 /// Tokens that the starting values of the timed heads are measured on.
 const ANALYZED: usize = 512;
@@ -45,10 +46,10 @@ pub struct Args {
     #[arg(long, default_value_t = 0.75)]
     beta: f64,
     /// Recurrent mixer.
-    #[arg(long, value_enum, default_value_t = MixerArg::Mamba2)]
+    #[arg(long, value_enum, default_value_t = MixerArg::GatedDelta)]
     mixer: MixerArg,
     /// Tokens of the mixers' window.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = DEFAULT.mixer.window)]
     window: usize,
     /// Keep layers' inputs only and run every layer again in the backward pass: less memory, more time. Not for `align`, which has no
     /// backward pass through layers.
@@ -82,7 +83,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         steps: args.repeats as usize,
         checkpoint_activations: args.checkpoint_activations,
     };
-    let spec = args.mixer.spec(&base.config, args.window, None)?;
+    let spec = args.mixer.trained_spec(&base.config, args.window, None, None)?;
     let mut timed = Vec::with_capacity(args.steps.len());
     // Replacements are made when a step asks for them only, and training every weight comes last, in the base's own memory.
     if args.steps.iter().any(|&step| step != StepArg::Full) {

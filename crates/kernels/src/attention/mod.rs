@@ -8,7 +8,7 @@ mod mask;
 mod tests;
 mod window;
 
-pub use window::window_step;
+pub use window::{WindowMean, WindowRows, window_step};
 
 use crate::{Exec, MatMut, MatRef};
 

@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::naive::attention::{self as naive, Inputs};
 use crate::testing::{assert_close, assert_gradient, execs, noise, numeric_gradient, to_f64};
+use half::f16;
 
 /// f32 rounding of scores of magnitude ~10 through one exponential and a weighted mean.
 const TOLERANCE: f64 = 1e-5;
@@ -305,23 +306,31 @@ fn a_window_step_is_attention_to_every_key() {
                 Some(&mut expected_lse),
             );
             let (mut out, mut scores) = (vec![f32::NAN; heads * head_dim], Vec::new());
-            window_step(&exec, (0.3, 0.0), &q, &k, &v, head_dim, &mut scores, (&mut out, &mut lse));
+            let rows = [WindowRows::F32(&k), WindowRows::F32(&v)];
+            window_step(&exec, 0.3, &q, rows, None, head_dim, &mut scores, (&mut out, &mut lse));
             for (found, expected) in out.iter().zip(&expected).chain(lse.iter().zip(&expected_lse)) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }
-            // A weight of three is three equal keys.
-            let thrice = |x: &[f32]| [x, &x[x.len() - head_dim..], &x[x.len() - head_dim..]].concat();
-            window_step(&exec, (0.3, 3f32.ln()), &q, &k, &v, head_dim, &mut scores, (&mut out, &mut lse));
-            window_step(
-                &exec,
-                (0.3, 0.0),
-                &q,
-                &thrice(&k),
-                &thrice(&v),
-                head_dim,
-                &mut scores,
-                (&mut expected, &mut expected_lse),
-            );
+            // What is stored as f16 is as good as its values in f32.
+            let halves = |x: &[f32]| x.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>();
+            let (half_k, half_v) = (halves(&k), halves(&v));
+            let widened = |x: &[f16]| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+            let rows = [WindowRows::F16(&half_k), WindowRows::F16(&half_v)];
+            window_step(&exec, 0.3, &q, rows, None, head_dim, &mut scores, (&mut out, &mut lse));
+            let (k, v) = (widened(&half_k), widened(&half_v));
+            let rows = [WindowRows::F32(&k), WindowRows::F32(&v)];
+            let expect = (&mut expected[..], &mut expected_lse[..]);
+            window_step(&exec, 0.3, &q, rows, None, head_dim, &mut scores, expect);
+            assert_eq!((&out, &lse), (&expected, &expected_lse), "{}", exec.isa());
+            // A mean of weight three is three equal keys.
+            let (key, value) = (noise(4, head_dim), noise(5, head_dim));
+            let mean = WindowMean { key: &key, value: &value, log_weight: 3f32.ln() };
+            window_step(&exec, 0.3, &q, rows, Some(mean), head_dim, &mut scores, (&mut out, &mut lse));
+            let thrice = |x: &[f32], row: &[f32]| [x, row, row, row].concat();
+            let (k, v) = (thrice(&k, &key), thrice(&v, &value));
+            let rows = [WindowRows::F32(&k), WindowRows::F32(&v)];
+            let expect = (&mut expected[..], &mut expected_lse[..]);
+            window_step(&exec, 0.3, &q, rows, None, head_dim, &mut scores, expect);
             for (found, expected) in out.iter().zip(&expected).chain(lse.iter().zip(&expected_lse)) {
                 assert!((found - expected).abs() < 2e-6, "{}: {found} {expected}", exec.isa());
             }

@@ -5,6 +5,7 @@
     reason = "register tiles are indexed by row and panel; closures would lose the features"
 )]
 
+use crate::quant::half_to_f32;
 use crate::simd::{Portable, Simd};
 
 /// 2^r on |r| ≤ 1/2, constant first, exact at 0; relative minimax error 9.2e-8.
@@ -121,7 +122,7 @@ impl<const FUSED: bool> Lanes for Portable<FUSED> {
         let x = unsafe { x.cast::<[u16; 16]>().read_unaligned() };
         let mut v = [0.0; 16];
         for (v, x) in v.iter_mut().zip(x) {
-            *v = widen_f16(x);
+            *v = half_to_f32(x);
         }
         v
     }
@@ -251,18 +252,6 @@ impl<const FUSED: bool> Lanes for Portable<FUSED> {
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
-}
-
-/// f16 to f32 in straight-line integer code that vectorises.
-#[inline(always)]
-fn widen_f16(x: u16) -> f32 {
-    /// 2^112: moves the exponent bias from 15 to 127, subnormals included.
-    const REBIAS: f32 = f32::from_bits((112 + 127) << 23);
-    let magnitude = u32::from(x & 0x7fff) << 13;
-    // Infinity and NaN keep an exponent of all ones.
-    let special = if magnitude >= 0x0f80_0000 { 0x7f80_0000 } else { 0 };
-    let value = (f32::from_bits(magnitude) * REBIAS).to_bits() | special;
-    f32::from_bits(value | u32::from(x & 0x8000) << 16)
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -6,6 +6,7 @@ use super::merged::{DroppedSums, dropped_at};
 use crate::plan::Dropped;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use kernels::attention::WindowRows;
 use kernels::kv::KvType;
 use kernels::{MatMut, MatRef};
 use std::ops::Range;
@@ -131,6 +132,13 @@ impl Entries {
         }
     }
 
+    fn rows(&self, len: usize) -> WindowRows<'_> {
+        match self {
+            Self::F32(values) => WindowRows::F32(&values[..len]),
+            Self::F16(values) => WindowRows::F16(&values[..len]),
+        }
+    }
+
     fn append_to(&self, range: Range<usize>, out: &mut Vec<f32>) {
         match self {
             Self::F32(values) => out.extend_from_slice(&values[range]),
@@ -151,12 +159,9 @@ impl Ring {
     }
 
     /// Keys and values held after `seen` tokens, in the order of their entries, which is not that of their positions.
-    pub fn held(&self, seen: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
-        let entries = self.len(seen) * self.width;
-        keys.clear();
-        values.clear();
-        self.k.append_to(0..entries, keys);
-        self.v.append_to(0..entries, values);
+    pub fn held(&self, seen: usize) -> [WindowRows<'_>; 2] {
+        let len = self.len(seen) * self.width;
+        [self.k.rows(len), self.v.rows(len)]
     }
 
     fn slot(&self, position: usize) -> usize {

@@ -54,8 +54,15 @@ impl DroppedSums {
         }
     }
 
+    /// Writes the means over `count` tokens, at least 1.
+    pub fn means_into(&self, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+        keys.clear();
+        values.clear();
+        self.append_means(count, keys, values);
+    }
+
     /// Appends the means over `count` tokens, at least 1.
-    pub fn append_means(&self, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+    fn append_means(&self, count: usize, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
         let share = 1.0 / count as f32;
         keys.extend(self.k.iter().map(|sum| share * sum));
         values.extend(self.v.iter().map(|sum| share * sum));

@@ -3,7 +3,7 @@
 use super::merged::dropped_at;
 use super::{HeadCache, HeadDims, HeadLayout, HeadView, INPUT_SCALE_MAX, L2_EPS, QkvTensors, weighed};
 use crate::plan::RecurrentKind;
-use kernels::attention::window_step;
+use kernels::attention::{WindowMean, window_step};
 use kernels::conv::{short_conv_step, short_conv_taps};
 use kernels::gated_delta::{DeltaInputs, DeltaShape, gated_delta_step};
 use kernels::ssd::{SsdInputs, SsdShape, ssd_step};
@@ -59,8 +59,8 @@ pub struct StepScratch {
     input: Vec<f32>,
     gate: Vec<f32>,
     y: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    mean_key: Vec<f32>,
+    mean_value: Vec<f32>,
     scores: Vec<f32>,
     lse: Vec<f32>,
 }
@@ -96,19 +96,17 @@ impl StepWeights {
     ) {
         let HeadDims { q_heads, head_dim, .. } = self.layout.dims;
         if self.layout.has_local() {
-            let StepScratch { keys, values, scores, lse, .. } = scratch;
+            let StepScratch { mean_key, mean_value, scores, lse, .. } = scratch;
             lse.resize(q_heads, 0.0);
             let dropped = cache.drop_next();
             let row = |x| MatRef::dense(x, 1, head_dim);
             cache.ring.push(cache.seen, row(inputs.rotated_k), row(inputs.v));
-            cache.ring.held(cache.seen + 1, keys, values);
-            let mut last_bias = 0.0;
-            if let Some(sums) = cache.dropped.as_ref().filter(|_| dropped > 0) {
-                sums.append_means(dropped, keys, values);
-                last_bias = (dropped as f32).ln();
-            }
-            let weights = (self.scale, last_bias);
-            window_step(exec, weights, inputs.rotated_q, keys, values, head_dim, scores, (out, lse));
+            let mean = cache.dropped.as_ref().filter(|_| dropped > 0).map(|sums| {
+                sums.means_into(dropped, mean_key, mean_value);
+                WindowMean { key: mean_key, value: mean_value, log_weight: (dropped as f32).ln() }
+            });
+            let held = cache.ring.held(cache.seen + 1);
+            window_step(exec, self.scale, inputs.rotated_q, held, mean, head_dim, scores, (out, lse));
         } else {
             out.fill(0.0);
         }
