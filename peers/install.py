@@ -14,7 +14,8 @@ from common import ROOT, WORK, Failure, call, call_json, progress, write_ids
 TORCH, TRANSFORMERS, CMAKE, LLAMA = "2.15.0", "5.23.0", "4.4.4", "0.3.36"
 MODEL = "smollm2-135m"
 HYBRIDS = ("0.5", "0.75", "0.9")
-WINDOW = 64
+# Heads of the default recipe.
+HEADS = ("--mixer", "gated-delta", "--window", "192", "--dropped", "weighed")
 PROMPT_TOKENS = 8000
 # llama.cpp's build options, and the CPU flags that each needs. AMX stays off: its int8 path has crashed on virtual machines.
 LLAMA_ISA = {
@@ -137,7 +138,7 @@ def prompt(tools):
 
 
 def hybrid_file(tools, beta, kind):
-    """A hybrid with random groups converted and untrained Mamba-2 heads: its speed is that of a trained one."""
+    """A hybrid with random groups converted to untrained heads of the default recipe: its speed is that of a trained one."""
     target, folder = tools.file(beta, kind), tools.weights / f"hybrid-{beta}"
     if target.exists():
         return
@@ -149,7 +150,7 @@ def hybrid_file(tools, beta, kind):
         text = ["--data", tools.prompt, "--tokens", "2048", "--context", "512", "--criteria", "random"]
         call(tools.ours("analyze", *base, *text, "--out", heads), hint)
     if not (folder / "model.safetensors").exists():
-        choice = ["--criterion", "random", "--beta", beta, "--mixer", "mamba2", "--window", str(WINDOW)]
+        choice = ["--criterion", "random", "--beta", beta, *HEADS]
         call([tools.binary, "plan", "--heads", heads, *choice, "--out", plan], hint)
         call([tools.binary, "convert", *base, "--plan", plan, "--heads", heads, "--out", folder], hint)
     call(tools.ours("export", "--model", folder, "--gguf", target, "--weights", kind), hint)
