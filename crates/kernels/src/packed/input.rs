@@ -127,6 +127,7 @@ impl Input {
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 gets past the assertion.
     pub(super) fn set_bf16_both(&mut self, exec: &Exec, a: MatRef<'_>, transposed: &mut Input) {
         /// Columns whose 32 rows stay in the first caches between their two forms.
+        #[cfg(target_arch = "x86_64")]
         const COLUMNS: usize = 512;
         let (m, n) = (a.rows(), a.cols());
         self.reserve_bf16(exec, m, n);
