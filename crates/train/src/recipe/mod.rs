@@ -120,14 +120,14 @@ pub struct Heal {
 /// |---|---|
 /// | `english-mixed` and retrieval texts of 256, 512 and 1,024 tokens | without text that retrieves, passkeys are lost at contexts whose length training never showed (`docs/log`) |
 /// | analyze 6,144 tokens | gives the starting decays only; what `docs/results.md` used |
-/// | gated-delta beside a window of 192 and one sink | the state takes the cache of 64 tokens, so the window can be three times as large as beside mamba2 at the same bytes: half the KL; without the sink it fails |
+/// | gated-delta beside a window of 192 and one sink | the state takes the cache of 64 tokens, so the window can be three times as large as beside mamba2 at the same bytes: a third of the KL after the same tokens (`docs/log`); without the sink it fails |
 /// | dropped tokens weighed | the recurrence speaks with the share of the softmax that the window lacks: a third less KL than added to it (`docs/log`) |
 /// | align 1,048,576 tokens in items of 1,024 | `docs/results.md` |
 /// | 1,024 tokens a step, peak 8e-3, 10 steps of warm-up, cosine to 5 %, clip 1 | defaults of `align`, whose rates were searched: half of it is worse, 2e-3 is far too low |
 /// | copied projections at a twentieth of that | the window reads them too; at half the rate they undo more of the window than the recurrence gains (three times the KL at β 0.5) |
 /// | measured on 4 items of 1,024 each | `align`'s default of 4,096 tokens |
-/// | mixer-fisher | ranks trained heads by what their own error costs: the best choice measured at every β |
-/// | distil, KL only, new heads only | a share of next-token loss lowers perplexity by adapting to the text, and moves away from the base; so does training all weights |
+/// | mixer-fisher, over all layers | ranks trained heads by what their own error costs: the best choice measured at every β; to keep a group in every layer doubles the KL (`docs/log`) |
+/// | distil, KL only, new heads only | a share of next-token loss lowers perplexity by adapting to the text, and moves away from the base; so does training all weights; norms and low-rank terms change nothing (`docs/log`) |
 /// | 245,760 tokens in items of 1,024, batch 1, peak 5e-4 | 240 steps, 80 for each of three budgets; with fewer tokens a lower peak is better, and 2e-3 undoes part of what `align` reached (`docs/log`) |
 /// | 10 steps of warm-up, cosine to 10 %, AdamW (0.9, 0.95), no decay, clip 1, copied projections at 0.03 | defaults of `heal` |
 pub const DEFAULT: Recipe = Recipe {
