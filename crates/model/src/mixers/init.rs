@@ -119,10 +119,10 @@ pub fn fit(exec: &Exec, env: &HeadEnv<'_>, x: MatRef<'_>, target: MatRef<'_>) ->
     let mut keep = vec![1.0; seq * q_heads];
     if layout.has_local() {
         let out = MatMut::dense(&mut kept, seq, d_inner);
-        let rotated = local::rotated(&ctx, &raw, 0);
-        let lse = local::forward(&ctx, [&rotated[0], &rotated[1]], &raw.v, &mut cache, out);
+        let [q, k] = local::rotated(&ctx, &raw, 0);
+        let lse = local::forward(&ctx, [&q, &k], &raw.v, &mut cache, out);
         if let (Some(far), Some(lse)) = (&w.far, lse) {
-            let total = local::log_denominators(&ctx, [&rotated[0], &rotated[1]], &raw.v);
+            let total = local::log_denominators(&ctx, [&q, &k], &raw.v);
             let mut logits = Linear::new(far.proj, None).forward(&ctx, x, q_heads);
             let [bias, count] = weighed::fit(&ctx, &logits, &lse, &total);
             elementwise::add_bias(exec, &bias, &mut logits);
