@@ -9,6 +9,7 @@ use kernels::quant::Dtype;
 use kernels::{Exec, Precision};
 use model::{Dropped, Engine, EngineOptions, HeadPlan, MixerSpec, Model, ModelConfig, RecurrentKind, narrow};
 use std::path::{Path, PathBuf};
+use train::MomentType;
 use train::data::{self, DataSource, Document, SelfOptions, Split};
 use weights::{Checkpoint, ModelSource, Tokenizer};
 
@@ -351,6 +352,22 @@ pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
         bail!("folder {} does not exist\nhint: create it first", parent.display());
     }
     Ok(())
+}
+
+/// `--moments`.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+pub enum MomentsArg {
+    F32,
+    Bf16,
+}
+
+impl From<MomentsArg> for MomentType {
+    fn from(moments: MomentsArg) -> Self {
+        match moments {
+            MomentsArg::F32 => Self::F32,
+            MomentsArg::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// Recurrent part of a converted group.

@@ -3,6 +3,7 @@
 use crate::align::Timed;
 use crate::error::{Result, TrainError};
 use crate::heal::{HealOptions, Stage, Trainable, Trainer};
+use crate::optim::MomentType;
 use kernels::Exec;
 use model::{Model, ModelConfig, Progress, TokenBatch};
 use rand::{Rng, SeedableRng};
@@ -64,6 +65,8 @@ pub struct StepShape {
     pub steps: usize,
     /// As in [`HealOptions`]; `align` records nothing.
     pub checkpoint_activations: bool,
+    /// As in [`HealOptions`]; those of `align` are in f32.
+    pub moments: MomentType,
 }
 
 /// A measured speed.
@@ -95,7 +98,7 @@ pub fn time_steps(
     shape: StepShape,
     progress: &mut dyn Progress,
 ) -> Result<StepSpeed> {
-    let StepShape { sequences, seq_len, steps, checkpoint_activations } = shape;
+    let StepShape { sequences, seq_len, steps, checkpoint_activations, moments } = shape;
     if sequences == 0 || seq_len < 2 || steps == 0 {
         return Err(TrainError::Argument(
             "a timed step needs a sequence of at least 2 tokens, and a step".into(),
@@ -119,7 +122,8 @@ pub fn time_steps(
         }
         Ok(())
     };
-    let options = HealOptions { base_lr_scale: 1.0, checkpoint_activations, ..HealOptions::default() };
+    let options =
+        HealOptions { base_lr_scale: 1.0, checkpoint_activations, moments, ..HealOptions::default() };
     let mut train = |mut trainer: Trainer<'_>, mut trained: Model| {
         timed(&mut |batch| trainer.step(&mut trained, std::slice::from_ref(batch), LR).map(drop))
     };

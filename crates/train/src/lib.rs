@@ -18,3 +18,4 @@ mod teacher;
 mod testing;
 
 pub use error::{Result, TrainError};
+pub use optim::MomentType;

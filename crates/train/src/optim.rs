@@ -1,8 +1,10 @@
 //! The optimiser as training stages use it: learning-rate schedule, moments, clipping. The update itself is a kernel.
 
+use half::bf16;
 use kernels::Exec;
 use kernels::elementwise::tensor_dot;
-use kernels::optim::{AdamW, adamw};
+use kernels::optim::{AdamW, adamw, adamw_bf16};
+use serde::Serialize;
 
 /// Added to the gradient norm before dividing, as `torch.nn.utils.clip_grad_norm_` does.
 const CLIP_EPS: f64 = 1e-6;
@@ -33,19 +35,49 @@ impl Schedule {
     }
 }
 
-/// Exponential averages of a tensor's gradient and its square.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Moments {
-    /// Of the gradient.
-    pub m: Vec<f32>,
-    /// Of its square.
-    pub v: Vec<f32>,
+/// What moments are kept in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MomentType {
+    /// 8 bytes for each trained value.
+    #[default]
+    F32,
+    /// 4 bytes, rounded stochastically ([`adamw_bf16`]).
+    Bf16,
 }
 
-impl Moments {
+/// Exponential averages of a tensor's gradient and its square.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Moments<T = f32> {
+    /// Of the gradient.
+    pub m: Vec<T>,
+    /// Of its square.
+    pub v: Vec<T>,
+}
+
+impl<T: Default + Clone> Moments<T> {
     /// Moments before the first step of a tensor of `len` values.
     pub fn zeros(len: usize) -> Self {
-        Self { m: vec![0.0; len], v: vec![0.0; len] }
+        Self { m: vec![T::default(); len], v: vec![T::default(); len] }
+    }
+}
+
+/// Moments of either type.
+#[derive(Clone, Debug, PartialEq)]
+pub enum AnyMoments {
+    /// In f32.
+    F32(Moments),
+    /// In bfloat16.
+    Bf16(Moments<bf16>),
+}
+
+impl AnyMoments {
+    /// Moments before the first step of a tensor of `len` values.
+    pub fn zeros(len: usize, kind: MomentType) -> Self {
+        match kind {
+            MomentType::F32 => Self::F32(Moments::zeros(len)),
+            MomentType::Bf16 => Self::Bf16(Moments::zeros(len)),
+        }
     }
 }
 
@@ -65,7 +97,19 @@ pub struct StepRule {
 impl StepRule {
     /// Updates one tensor in place with learning rate `lr`.
     pub fn apply(&self, exec: &Exec, lr: f32, grad: &[f32], param: &mut [f32], moments: &mut Moments) {
-        let hyper = AdamW {
+        adamw(exec, &self.hyper(lr), grad, param, &mut moments.m, &mut moments.v);
+    }
+
+    /// [`apply`](Self::apply) with moments of either type.
+    pub fn apply_any(&self, exec: &Exec, lr: f32, grad: &[f32], param: &mut [f32], moments: &mut AnyMoments) {
+        match moments {
+            AnyMoments::F32(moments) => self.apply(exec, lr, grad, param, moments),
+            AnyMoments::Bf16(Moments { m, v }) => adamw_bf16(exec, &self.hyper(lr), grad, param, m, v),
+        }
+    }
+
+    fn hyper(&self, lr: f32) -> AdamW {
+        AdamW {
             lr,
             beta1: self.betas.0,
             beta2: self.betas.1,
@@ -73,8 +117,7 @@ impl StepRule {
             weight_decay: self.weight_decay,
             step: self.step,
             grad_scale: self.grad_scale,
-        };
-        adamw(exec, &hyper, grad, param, &mut moments.m, &mut moments.v);
+        }
     }
 }
 

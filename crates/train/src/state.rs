@@ -2,6 +2,7 @@
 //! Knows atomic files; knows nothing of what the tensors mean.
 
 use crate::error::{Result, TrainError};
+use half::bf16;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashMap;
@@ -9,13 +10,35 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use weights::files::atomic_write;
-use weights::safetensors::{Metadata, read_all, write_f32};
+use weights::safetensors::{Metadata, OutTensor, SafetensorsWriter, read_all};
+use weights::tensors::Dtype;
 
 /// Metadata key of the JSON that goes with the tensors.
 const KEY: &str = "recurformer_training";
 
 /// A tensor to be saved: name, shape, values.
-pub type StateTensor<'a> = (String, Vec<usize>, &'a [f32]);
+pub type StateTensor<'a> = (String, Vec<usize>, StateValues<'a>);
+
+/// Values of a tensor, saved in the type they have.
+#[derive(Clone, Copy, Debug)]
+pub enum StateValues<'a> {
+    /// In f32.
+    F32(&'a [f32]),
+    /// In bfloat16.
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> From<&'a [f32]> for StateValues<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Self::F32(values)
+    }
+}
+
+impl<'a> From<&'a [bf16]> for StateValues<'a> {
+    fn from(values: &'a [bf16]) -> Self {
+        Self::Bf16(values)
+    }
+}
 
 /// A state read back.
 #[derive(Debug)]
@@ -33,9 +56,24 @@ pub struct SavedState<T> {
 pub fn save_state<T: Serialize>(path: &Path, info: &T, tensors: &[StateTensor<'_>]) -> Result<()> {
     let json = serde_json::to_string(info).map_err(|e| file_error(path, e.to_string()))?;
     let metadata = Metadata::from([(KEY.to_string(), json)]);
-    let tensors: Vec<(&str, &[usize], &[f32])> =
-        tensors.iter().map(|(name, shape, values)| (name.as_str(), shape.as_slice(), *values)).collect();
-    Ok(write_f32(path, &tensors, &metadata)?)
+    let announced: Vec<OutTensor> = tensors
+        .iter()
+        .map(|(name, shape, values)| {
+            let dtype = match values {
+                StateValues::F32(_) => Dtype::F32,
+                StateValues::Bf16(_) => Dtype::BF16,
+            };
+            OutTensor { name: name.clone(), dtype, shape: shape.clone() }
+        })
+        .collect();
+    let mut writer = SafetensorsWriter::create(path, &announced, &metadata)?;
+    for (name, _, values) in tensors {
+        match values {
+            StateValues::F32(values) => writer.write_f32(name, values)?,
+            StateValues::Bf16(values) => writer.write_bf16(name, values)?,
+        }
+    }
+    Ok(writer.finish()?)
 }
 
 /// Reads a state; `None` when there is no file.
@@ -60,16 +98,30 @@ impl<T> SavedState<T> {
     /// # Errors
     /// [`TrainError::File`] when it is missing or has another size.
     pub fn copy_into(&self, name: &str, target: &mut [f32]) -> Result<()> {
+        target.copy_from_slice(self.found(name, target.len())?);
+        Ok(())
+    }
+
+    /// Copies the tensor `name`, saved in bfloat16, into `target`.
+    ///
+    /// # Errors
+    /// As [`copy_into`](Self::copy_into).
+    pub fn copy_into_bf16(&self, name: &str, target: &mut [bf16]) -> Result<()> {
+        let found = self.found(name, target.len())?;
+        target.iter_mut().zip(found).for_each(|(to, &from)| *to = bf16::from_f32(from));
+        Ok(())
+    }
+
+    fn found(&self, name: &str, len: usize) -> Result<&[f32]> {
         let found = self
             .tensors
             .get(name)
             .ok_or_else(|| file_error(&self.path, format!("tensor `{name}` is missing")))?;
-        if found.len() != target.len() {
-            let reason = format!("tensor `{name}` has {} values, expected {}", found.len(), target.len());
+        if found.len() != len {
+            let reason = format!("tensor `{name}` has {} values, expected {len}", found.len());
             return Err(file_error(&self.path, reason));
         }
-        target.copy_from_slice(found);
-        Ok(())
+        Ok(found)
     }
 }
 
@@ -185,14 +237,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.state");
         assert!(load_state::<u64>(&path).unwrap().is_none());
-        save_state(&path, &7_u64, &[("a".into(), vec![2], &[1.0, 2.0]), ("b".into(), vec![0], &[])]).unwrap();
+        let halves = [1.5, -0.25].map(bf16::from_f32);
+        let tensors = [
+            ("a".into(), vec![2], [1.0, 2.0].as_slice().into()),
+            ("b".into(), vec![0], StateValues::F32(&[])),
+            ("c".into(), vec![2], halves.as_slice().into()),
+        ];
+        save_state(&path, &7_u64, &tensors).unwrap();
         let state = load_state::<u64>(&path).unwrap().unwrap();
         assert_eq!(state.info, 7);
         let mut a = [0.0; 2];
         state.copy_into("a", &mut a).unwrap();
         assert_eq!(a, [1.0, 2.0]);
         assert!(state.copy_into("a", &mut [0.0; 3]).unwrap_err().to_string().contains("expected 3"));
-        assert!(state.copy_into("c", &mut []).unwrap_err().to_string().contains("missing"));
+        let mut c = [bf16::ZERO; 2];
+        state.copy_into_bf16("c", &mut c).unwrap();
+        assert_eq!(c, halves);
+        assert!(state.copy_into("d", &mut []).unwrap_err().to_string().contains("missing"));
         assert!(load_state::<Vec<u64>>(&path).is_err());
         std::fs::write(&path, b"short").unwrap();
         assert!(load_state::<u64>(&path).is_err());

@@ -1,6 +1,6 @@
 //! `bench-train`: speed of training steps.
 
-use crate::common::{MixerArg, TrainExecArgs, check_context, load, usage};
+use crate::common::{MixerArg, MomentsArg, TrainExecArgs, check_context, load, usage};
 use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
@@ -55,6 +55,9 @@ pub struct Args {
     /// backward pass through layers.
     #[arg(long)]
     checkpoint_activations: bool,
+    /// What the optimiser's moments are kept in; those of `align` are in f32.
+    #[arg(long, value_enum, default_value_t = MomentsArg::F32)]
+    moments: MomentsArg,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -82,6 +85,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         seq_len: args.context,
         steps: args.repeats as usize,
         checkpoint_activations: args.checkpoint_activations,
+        moments: args.moments.into(),
     };
     let spec = args.mixer.trained_spec(&base.config, args.window, None, None)?;
     let mut timed = Vec::with_capacity(args.steps.len());

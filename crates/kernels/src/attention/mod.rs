@@ -4,6 +4,7 @@
 mod backward;
 mod forward;
 mod mask;
+mod stored;
 #[cfg(test)]
 mod tests;
 mod window;
@@ -88,7 +89,9 @@ pub fn attention(
     if let Some(lse) = &lse {
         assert_eq!(lse.len(), q.rows() * shape.q_heads, "attention: lse");
     }
-    forward::attention(exec, shape, mask, [q, k, v], out, lse);
+    if let Err((out, lse)) = stored::attention(exec, shape, mask, [q, k, v], out, lse) {
+        forward::attention(exec, shape, mask, [q, k, v], out, lse);
+    }
 }
 
 /// What [`attention_backward`] reads: the forward's inputs and outputs and the output's gradient.

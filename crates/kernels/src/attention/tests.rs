@@ -2,13 +2,21 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::naive::attention::{self as naive, Inputs};
-use crate::testing::{assert_close, assert_gradient, execs, noise, numeric_gradient, to_f64};
+use crate::testing::{
+    assert_close, assert_gradient, execs, execs_and_modelled_amx, noise, numeric_gradient, to_f64,
+};
+use crate::{IsaLevel, Precision};
 use half::f16;
 
 /// f32 rounding of scores of magnitude ~10 through one exponential and a weighted mean.
 const TOLERANCE: f64 = 1e-5;
 /// Gradients multiply two such roundings and sum over up to 500 queries.
 const GRADIENT_TOLERANCE: f64 = 4e-5;
+
+/// Rounding two factors to bfloat16 costs a product up to 2⁻⁸ of it; scores of magnitude 1 keep weights within a percent.
+const ROUNDED_TOLERANCE: f64 = 1e-2;
+/// Gradients multiply two such errors and sum over hundreds of queries.
+const ROUNDED_GRADIENT_TOLERANCE: f64 = 2e-2;
 
 /// Heads, KV heads and head width of a multi-head, a grouped and a many-query call.
 const SHAPES: [(usize, usize, usize); 4] = [(2, 2, 8), (3, 1, 64), (9, 3, 16), (10, 1, 5)];
@@ -82,6 +90,10 @@ impl Case {
     }
 
     fn check(&self, exec: &Exec, mask: AttnMask<'_>) {
+        self.check_within(exec, mask, TOLERANCE, GRADIENT_TOLERANCE);
+    }
+
+    fn check_within(&self, exec: &Exec, mask: AttnMask<'_>, tolerance: f64, gradient_tolerance: f64) {
         let got = self.run(exec, mask);
         let (q, k, v) = (to_f64(&self.q), to_f64(&self.k), to_f64(&self.v));
         let inputs = Inputs { q: &q, k: &k, v: &v };
@@ -90,13 +102,13 @@ impl Case {
             let (isa, threads) = (exec.isa(), exec.threads());
             format!("{isa} {threads} {:?} {}x{} {mask:?} {name}", self.shape, self.q_len, self.kv_len)
         };
-        assert_close(&what("out"), &got.out, &out, TOLERANCE);
-        assert_close(&what("lse"), &got.lse, &lse, TOLERANCE);
+        assert_close(&what("out"), &got.out, &out, tolerance);
+        assert_close(&what("lse"), &got.lse, &lse, tolerance);
         let (dout, dlse) = (to_f64(&self.dout), to_f64(&self.dlse));
         let (dq, dk, dv) = naive::attention_backward(self.shape, mask, inputs, &dout, &dlse);
         for (name, got, want) in [("dq", got.dq, dq), ("dk", got.dk, dk), ("dv", got.dv, dv)] {
             let want: Vec<f64> = want.iter().map(|x| x + 1.0).collect();
-            assert_close(&what(name), &got, &want, GRADIENT_TOLERANCE);
+            assert_close(&what(name), &got, &want, gradient_tolerance);
         }
     }
 }
@@ -139,6 +151,34 @@ fn local_agrees_with_naive() {
                 let mask = AttnMask::Local { q_pos0, kv_pos: &kv_pos, window: 70, sinks: 4 };
                 Case::new(shape, q_len, kv_pos.len(), 2.0).check(&exec, mask);
             }
+        }
+    }
+}
+
+/// Whole sequences take the cache's kernel, other masks the general pass.
+#[test]
+fn passes_in_bf16_agree_with_naive() {
+    let rounding = execs_and_modelled_amx().into_iter().filter(|e| e.isa().level() >= IsaLevel::Avx512Bf16);
+    for exec in rounding.map(|exec| exec.with_precision(Precision::Bf16).unwrap()) {
+        let check = |shape, q_len, kv_len, mask: AttnMask<'_>| {
+            let case = Case::new(shape, q_len, kv_len, 1.0);
+            case.check_within(&exec, mask, ROUNDED_TOLERANCE, ROUNDED_GRADIENT_TOLERANCE);
+        };
+        for shape in SHAPES {
+            for len in [0, 1, 2, 65, 300] {
+                check(shape, len, len, AttnMask::Causal { q_pos0: 0 });
+                let kv_pos: Vec<usize> = (0..len).collect();
+                for (window, sinks) in [(1, 0), (7, 4), (64, 1), (0, 2), (65, 64), (usize::MAX, usize::MAX)] {
+                    check(shape, len, len, AttnMask::Local { q_pos0: 0, kv_pos: &kv_pos, window, sinks });
+                }
+            }
+            for (q_len, kv_len) in [(1, 65), (3, 300), (65, 200)] {
+                check(shape, q_len, kv_len, AttnMask::Causal { q_pos0: kv_len - q_len });
+            }
+            check(shape, 5, 9, AttnMask::Causal { q_pos0: 1 });
+            let kv_pos: Vec<usize> = (0..4).chain(900..1003).collect();
+            let mask = AttnMask::Local { q_pos0: 939, kv_pos: &kv_pos, window: 70, sinks: 4 };
+            check(shape, 64, kv_pos.len(), mask);
         }
     }
 }

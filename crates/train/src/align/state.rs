@@ -3,6 +3,7 @@
 use super::{AlignOptions, Run};
 use crate::data::SequenceStream;
 use crate::error::Result;
+use crate::optim::Moments;
 use crate::state::{SavedState, StateTensor, check_same_settings, load_state, save_state, with_suffix};
 use kernels::Exec;
 use model::Progress;
@@ -141,12 +142,11 @@ impl Run<'_> {
             for (g, group) in groups.iter().enumerate() {
                 for (i, tensor) in infos.iter().enumerate() {
                     let name = name(layer, g, tensor.name);
-                    let mut push = |kind: &str, values| {
-                        tensors.push((format!("{kind}.{name}"), tensor.shape.clone(), values))
-                    };
-                    push("weight", &group.weights.values[i]);
-                    push("m", &group.moments[i].m);
-                    push("v", &group.moments[i].v);
+                    let Moments { m, v } = &group.moments[i];
+                    for (kind, values) in [("weight", &group.weights.values[i]), ("m", m), ("v", v)] {
+                        let values = values.as_slice().into();
+                        tensors.push((format!("{kind}.{name}"), tensor.shape.clone(), values));
+                    }
                 }
             }
         }

@@ -12,7 +12,7 @@ pub use trainer::{StepReport, Trainer};
 
 use crate::data::SequenceStream;
 use crate::error::{Result, TrainError};
-use crate::optim::Schedule;
+use crate::optim::{MomentType, Schedule};
 use crate::state::{MetricsLog, save_offending_batch};
 use kernels::Exec;
 use model::plan::Elastic;
@@ -85,6 +85,8 @@ pub struct HealOptions {
     /// Keep layers' inputs only and run every layer forward again in the backward pass ([`model::Tape::checkpointed`]): the same bits in less
     /// memory and more time.
     pub checkpoint_activations: bool,
+    /// What AdamW's moments are kept in, but for those of low-rank updates, which are small and in f32.
+    pub moments: MomentType,
     /// Folder of the training state and `metrics.jsonl`; made when missing.
     pub state_dir: PathBuf,
     /// Seconds between states on disk.
@@ -123,6 +125,7 @@ impl Default for HealOptions {
             elastic: Vec::new(),
             seed: 0,
             checkpoint_activations: false,
+            moments: MomentType::F32,
             state_dir: PathBuf::new(),
             save_every_s: 120,
             save_every_steps: None,

@@ -4,8 +4,8 @@ use super::trainer::Trainer;
 use super::{HealOptions, Stage, elastic};
 use crate::data::SequenceStream;
 use crate::error::Result;
-use crate::optim::Moments;
-use crate::state::{StateTensor, check_same_settings, load_state, save_state};
+use crate::optim::{AnyMoments, MomentType};
+use crate::state::{StateTensor, StateValues, check_same_settings, load_state, save_state};
 use kernels::Exec;
 use model::{Model, Progress};
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,9 @@ pub(super) fn settings(
     if !options.elastic.is_empty() {
         settings["elastic"] = format!("{:?}", elastic::sorted(&options.elastic)).into();
     }
+    if options.moments != MomentType::F32 {
+        settings["moments"] = format!("{:?}", options.moments).into();
+    }
     settings
 }
 
@@ -106,8 +109,17 @@ pub(super) fn restore(
     for full in &mut trainer.full {
         let name = hybrid.params.get(full.id).name.clone();
         state.copy_into(&format!("param.{name}"), hybrid.params.data_mut(full.id))?;
-        state.copy_into(&format!("m.{name}"), &mut full.moments.m)?;
-        state.copy_into(&format!("v.{name}"), &mut full.moments.v)?;
+        let (m, v) = (format!("m.{name}"), format!("v.{name}"));
+        match &mut full.moments {
+            AnyMoments::F32(moments) => {
+                state.copy_into(&m, &mut moments.m)?;
+                state.copy_into(&v, &mut moments.v)?;
+            }
+            AnyMoments::Bf16(moments) => {
+                state.copy_into_bf16(&m, &mut moments.m)?;
+                state.copy_into_bf16(&v, &mut moments.v)?;
+            }
+        }
     }
     for low_rank in &mut trainer.low_rank {
         let name = &hybrid.params.get(low_rank.id).name;
@@ -144,26 +156,35 @@ pub(super) fn save(
     let mut tensors: Vec<StateTensor<'_>> = Vec::new();
     for full in &trainer.full {
         let param = hybrid.params.get(full.id);
-        push(&mut tensors, "param.", &param.name, &param.shape, param.data(), &full.moments);
+        let (m, v): (StateValues<'_>, StateValues<'_>) = match &full.moments {
+            AnyMoments::F32(moments) => (moments.m.as_slice().into(), moments.v.as_slice().into()),
+            AnyMoments::Bf16(moments) => (moments.m.as_slice().into(), moments.v.as_slice().into()),
+        };
+        push(&mut tensors, "param.", &param.name, &param.shape, [param.data().into(), m, v]);
     }
     for low_rank in &trainer.low_rank {
         let name = &hybrid.params.get(low_rank.id).name;
         let f = &low_rank.factors;
-        push(&mut tensors, "", &format!("lora.a.{name}"), &[f.rank, f.cols], &f.a, &low_rank.moments_a);
-        push(&mut tensors, "", &format!("lora.b.{name}"), &[f.rows, f.rank], &f.b, &low_rank.moments_b);
+        for (part, shape, values, moments) in [
+            ("a", [f.rank, f.cols], &f.a, &low_rank.moments_a),
+            ("b", [f.rows, f.rank], &f.b, &low_rank.moments_b),
+        ] {
+            let values = [values, &moments.m, &moments.v].map(|values| values.as_slice().into());
+            push(&mut tensors, "", &format!("lora.{part}.{name}"), &shape, values);
+        }
     }
     save_state(&options.state_dir.join(FILE), &info, &tensors)
 }
 
+/// A parameter's values and both moments.
 fn push<'a>(
     tensors: &mut Vec<StateTensor<'a>>,
     prefix: &str,
     name: &str,
     shape: &[usize],
-    values: &'a [f32],
-    moments: &'a Moments,
+    [values, m, v]: [StateValues<'a>; 3],
 ) {
     tensors.push((format!("{prefix}{name}"), shape.to_vec(), values));
-    tensors.push((format!("m.{name}"), shape.to_vec(), &moments.m));
-    tensors.push((format!("v.{name}"), shape.to_vec(), &moments.v));
+    tensors.push((format!("m.{name}"), shape.to_vec(), m));
+    tensors.push((format!("v.{name}"), shape.to_vec(), v));
 }

@@ -111,6 +111,23 @@ fn checkpointed_activations_change_no_bit() {
 }
 
 #[test]
+fn moments_in_bf16_train_as_well() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 1);
+    let start = hybrid_of(&base, spec(RecurrentKind::Mamba2));
+    let train = |moments| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut hybrid = start.clone();
+        let options = HealOptions { lr: 1e-2, moments, ..options(dir.path(), 120) };
+        heal(&exec, &base, &mut hybrid, &mut long_stream(), &options, &mut Silent).unwrap();
+        (divergence(&exec, &base, &hybrid), values(&hybrid))
+    };
+    let ((full, full_values), (half, half_values)) = (train(MomentType::F32), train(MomentType::Bf16));
+    assert!(half < 1.02 * full, "{half} instead of {full}");
+    assert!(full_values != half_values);
+}
+
+#[test]
 fn each_setting_trains_what_it_says() {
     let exec = Exec::new(1).unwrap();
     let base = tiny_model(&tiny_config(), 1);
@@ -141,15 +158,17 @@ fn each_setting_trains_what_it_says() {
 fn interrupted_or_killed_it_ends_with_the_same_bits() {
     let exec = Exec::new(2).unwrap();
     let base = tiny_model(&tiny_config(), 2);
-    for (trainable, stage) in [
-        (Trainable::Heads, Stage::Distill { kl: 0.9, ce: 0.1 }),
-        (Trainable::HeadsAndNorms, Stage::Continue),
-        (Trainable::Lora(3), Stage::Distill { kl: 0.9, ce: 0.1 }),
-        (Trainable::All, Stage::Continue),
+    let distill = Stage::Distill { kl: 0.9, ce: 0.1 };
+    for (trainable, stage, moments) in [
+        (Trainable::Heads, distill, MomentType::F32),
+        (Trainable::HeadsAndNorms, Stage::Continue, MomentType::Bf16),
+        (Trainable::Lora(3), distill, MomentType::F32),
+        (Trainable::All, Stage::Continue, MomentType::F32),
+        (Trainable::All, distill, MomentType::Bf16),
     ] {
         let start = hybrid_of(&base, spec(RecurrentKind::GatedDelta));
         let dir = tempfile::tempdir().unwrap();
-        let whole_options = HealOptions { trainable, stage, ..options(dir.path(), 9) };
+        let whole_options = HealOptions { trainable, stage, moments, ..options(dir.path(), 9) };
         let mut whole = start.clone();
         let whole_metrics =
             heal(&exec, &base, &mut whole, &mut stream(), &whole_options, &mut Silent).unwrap();
@@ -158,6 +177,7 @@ fn interrupted_or_killed_it_ends_with_the_same_bits() {
         let options = HealOptions {
             trainable,
             stage,
+            moments,
             resume: true,
             save_every_steps: Some(2),
             ..options(dir.path(), 9)
@@ -171,7 +191,7 @@ fn interrupted_or_killed_it_ends_with_the_same_bits() {
         killed(|| run(&mut DieAfter(2)));
         assert!(matches!(run(&mut StopAfter::new(0)), Err(TrainError::Interrupted)));
         let (resumed, metrics) = run(&mut Silent).unwrap();
-        assert!(values(&resumed) == values(&whole), "{trainable:?}");
+        assert!(values(&resumed) == values(&whole), "{trainable:?}, {moments:?}");
         let strip = |m: &[HealMetric]| {
             m.iter().map(|m| HealMetric { tokens_per_s: 0.0, ..m.clone() }).collect::<Vec<_>>()
         };

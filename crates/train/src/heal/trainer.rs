@@ -4,7 +4,7 @@ use super::elastic::Budgets;
 use super::lora::{Factors, TARGETS};
 use super::{HealOptions, Stage, Trainable};
 use crate::error::{Result, TrainError};
-use crate::optim::{Moments, StepRule, clip_scale, sum_of_squares};
+use crate::optim::{AnyMoments, MomentType, Moments, StepRule, clip_scale, sum_of_squares};
 use crate::teacher::teacher;
 use kernels::linear::RoundedWeight;
 use kernels::loss::{cross_entropy, kl_divergence};
@@ -15,7 +15,7 @@ use model::{Engine, Grads, Model, NoObserver, ParamId, ParamStore, Tape, TokenBa
 use std::collections::HashSet;
 
 /// Rows of logits in memory at once.
-const LOGIT_ROWS: usize = 512;
+const LOGIT_ROWS: usize = 256;
 /// A target that counts for no loss.
 const IGNORED: u32 = u32::MAX;
 
@@ -38,7 +38,7 @@ pub struct StepReport {
 pub(super) struct Full {
     pub id: ParamId,
     pub lr_scale: f32,
-    pub moments: Moments,
+    pub moments: AnyMoments,
     /// Layer and group of a new head's tensor.
     group: Option<(usize, usize)>,
     /// Updates so far: the steps in which its group, if any, was recurrent.
@@ -103,19 +103,18 @@ impl<'a> Trainer<'a> {
                 hybrid.config.vocab, base.config.vocab
             )));
         }
-        let mut full = head_params(hybrid, options.projection_lr_scale);
+        let mut full = head_params(hybrid, options.projection_lr_scale, options.moments);
         let heads: HashSet<ParamId> = full.iter().map(|f| f.id).collect();
         let others = hybrid.params.iter().filter(|(id, _)| !heads.contains(id));
+        let base_param = |id, len| Full::new(id, len, options.base_lr_scale, options.moments);
         let mut low_rank = Vec::new();
         match options.trainable {
             Trainable::Heads => {}
             Trainable::HeadsAndNorms => {
                 let norms = others.filter(|(_, p)| p.name.ends_with("norm.weight"));
-                full.extend(norms.map(|(id, p)| Full::new(id, p.data().len(), options.base_lr_scale)));
+                full.extend(norms.map(|(id, p)| base_param(id, p.data().len())));
             }
-            Trainable::All => {
-                full.extend(others.map(|(id, p)| Full::new(id, p.data().len(), options.base_lr_scale)))
-            }
+            Trainable::All => full.extend(others.map(|(id, p)| base_param(id, p.data().len()))),
             Trainable::Lora(0) => return Err(TrainError::Argument("a LoRA rank is at least 1".into())),
             Trainable::Lora(rank) => {
                 for (id, param) in others.filter(|(_, p)| TARGETS.iter().any(|t| p.name.ends_with(t))) {
@@ -212,7 +211,7 @@ impl<'a> Trainer<'a> {
             if let Some(grad) = self.grads.get(*id).filter(|_| active) {
                 *updates += 1;
                 let rule = StepRule { step: *updates, ..rule };
-                rule.apply(self.exec, lr * *lr_scale, grad, hybrid.params.data_mut(*id), moments);
+                rule.apply_any(self.exec, lr * *lr_scale, grad, hybrid.params.data_mut(*id), moments);
             }
         }
         let lr = lr * self.base_lr_scale;
@@ -320,8 +319,8 @@ impl<'a> Trainer<'a> {
 }
 
 impl Full {
-    fn new(id: ParamId, len: usize, lr_scale: f32) -> Self {
-        Self { id, lr_scale, moments: Moments::zeros(len), group: None, updates: 0 }
+    fn new(id: ParamId, len: usize, lr_scale: f32, moments: MomentType) -> Self {
+        Self { id, lr_scale, moments: AnyMoments::zeros(len, moments), group: None, updates: 0 }
     }
 }
 
@@ -334,7 +333,7 @@ impl LowRank {
 }
 
 /// The new tensors of converted groups, in layer and group order.
-fn head_params(hybrid: &Model, projection_lr_scale: f32) -> Vec<Full> {
+fn head_params(hybrid: &Model, projection_lr_scale: f32, moments: MomentType) -> Vec<Full> {
     let Some(layout) = hybrid.head_layout() else { return Vec::new() };
     let infos = layout.tensors();
     let mut out = Vec::new();
@@ -345,7 +344,7 @@ fn head_params(hybrid: &Model, projection_lr_scale: f32) -> Vec<Full> {
                     TensorClass::Projection => projection_lr_scale,
                     TensorClass::New => 1.0,
                 };
-                let full = Full::new(id, hybrid.params.data(id).len(), scale);
+                let full = Full::new(id, hybrid.params.data(id).len(), scale, moments);
                 out.push(Full { group: Some((layer, group)), ..full });
             }
         }

@@ -90,7 +90,7 @@ impl Files {
         for Trained { id, moments } in &trainer.trained {
             let param = model.params.get(*id);
             for (prefix, values) in [("param", param.data()), ("m", &moments.m), ("v", &moments.v)] {
-                tensors.push((format!("{prefix}.{}", param.name), param.shape.clone(), values));
+                tensors.push((format!("{prefix}.{}", param.name), param.shape.clone(), values.into()));
             }
         }
         save_state(&self.state, &info, &tensors)

@@ -154,6 +154,27 @@ impl SafetensorsWriter {
         Ok(())
     }
 
+    /// Writes the values of a tensor that was announced as BF16.
+    ///
+    /// # Errors
+    /// As [`write_f32`](Self::write_f32), and [`WeightsError::Malformed`] for a tensor of another type.
+    pub fn write_bf16(&mut self, name: &str, values: &[bf16]) -> Result<()> {
+        if let Some(index) = values.iter().position(|v| !v.is_finite()) {
+            return Err(WeightsError::NonFinite { name: name.to_string(), index });
+        }
+        let dtype = self.start(name, values.len(), false)?;
+        if dtype != Dtype::BF16 {
+            let reason = format!("tensor `{name}` is to be {dtype:?}, its values are BF16");
+            return Err(WeightsError::malformed(&self.path, "safetensors", reason));
+        }
+        for values in values.chunks(PIECE) {
+            self.buffer.clear();
+            self.buffer.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            self.file.file().write_all(&self.buffer).map_err(WeightsError::io(&self.path))?;
+        }
+        Ok(())
+    }
+
     /// Flushes to the disk and renames to the final name.
     ///
     /// # Errors
