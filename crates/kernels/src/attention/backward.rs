@@ -3,16 +3,22 @@
 //! Tasks are (KV head, segment of query blocks); each sums `dk` and `dv` of the keys that its queries see into its own buffer, and the buffers are
 //! added in a fixed order, so that the result does not depend on the number of threads.
 
-use super::forward::pack_group;
+#[cfg(target_arch = "x86_64")]
+mod amx;
+
+use super::forward::stacked;
 use super::mask::{TILE, Visible, positions_per_block};
 use super::{AttnMask, AttnSaved, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Tasks wanted in all; bounds the memory of the `dk` and `dv` buffers.
 const TASKS: usize = 16;
+/// The same under a local mask, where the keys of neighbouring tasks overlap by the window.
+const LOCAL_TASKS: usize = 4;
 
 /// The share of one task: query blocks of a KV head. Under a causal mask every `segments`-th, because later ones see more keys; under a local one
 /// neighbours, which see the same keys.
@@ -44,7 +50,11 @@ pub(super) fn attention_backward(
         return;
     }
     let blocks = q_len.div_ceil(step);
-    let segments = (TASKS / kv_heads).clamp(1, blocks);
+    let tasks = match mask {
+        AttnMask::Causal { .. } => TASKS,
+        AttnMask::Local { .. } => LOCAL_TASKS,
+    };
+    let segments = (tasks / kv_heads).clamp(1, blocks);
     let mut shares: Vec<Share<'_>> =
         (0..kv_heads * segments).map(|i| Share { kv_head: i / segments, blocks: Vec::new() }).collect();
     for (b, rows) in dq.chunks_mut(step * q_heads * head_dim).enumerate() {
@@ -62,8 +72,25 @@ pub(super) fn attention_backward(
             }
         }
     }
-    let gradients =
-        exec.parallel_map_items(shares, |_, share| share.run(&exec.single(), shape, mask, &saved));
+    #[cfg(target_arch = "x86_64")]
+    let rounded: Option<Vec<amx::Keys>> = amx::applies(exec, head_dim).then(|| {
+        let sinks = mask.visible(q_len - 1, kv_len).sinks.end;
+        exec.parallel_map(kv_heads, |kv_head| {
+            let column = kv_head * head_dim;
+            amx::Keys::new(exec, saved.k.columns(column, head_dim), saved.v.columns(column, head_dim), sinks)
+        })
+    });
+    let gradients = exec.parallel_map_items(shares, |_, share| {
+        let exec = &exec.single();
+        #[cfg(target_arch = "x86_64")]
+        if let Some(rounded) = &rounded {
+            let Share { kv_head, blocks } = share;
+            let block = |first, count| Block::new(exec, shape, mask, &saved, kv_head, first, count);
+            let blocks = blocks.into_iter().map(|(first, dq)| (block(first, dq.len()), dq)).collect();
+            return amx::run(&rounded[kv_head], blocks);
+        }
+        share.run(exec, shape, mask, &saved)
+    });
     exec.parallel_items(vec![(dk, true), (dv, false)], |_, (out, keys)| {
         for (i, gradient) in gradients.iter().enumerate() {
             let column = i / segments * head_dim;
@@ -122,32 +149,32 @@ impl KvGradient {
 }
 
 /// One query block of one KV head: rows are positions × the group's heads.
-struct Block {
+struct Block<'a> {
     shape: AttnShape,
     kv_head: usize,
     rows: usize,
     tiles: Vec<(usize, usize)>,
     visible: Vec<Visible>,
-    q: Vec<f32>,
-    dout: Vec<f32>,
+    q: Cow<'a, [f32]>,
+    dout: Cow<'a, [f32]>,
     lse: Vec<f32>,
     /// `Σ dout · out` per row, the mean of the weights' gradients under the weights, less the gradient of the log denominator.
     delta: Vec<f32>,
 }
 
-impl Block {
+impl<'a> Block<'a> {
     fn new(
         exec: &Exec,
         shape: AttnShape,
         mask: AttnMask<'_>,
-        saved: &AttnSaved<'_>,
+        saved: &AttnSaved<'a>,
         kv_head: usize,
         first: usize,
         count: usize,
     ) -> Self {
         let (group, kv_len) = (shape.group(), saved.k.rows());
-        let dout = pack_group(shape, saved.dout, kv_head, first, count);
-        let out = pack_group(shape, saved.out, kv_head, first, count);
+        let dout = stacked(shape, saved.dout, kv_head, first, count);
+        let out = stacked(shape, saved.out, kv_head, first, count);
         let pairs = || dout.chunks_exact(shape.head_dim).zip(out.chunks_exact(shape.head_dim));
         let mut delta = dispatch!(exec.isa(), |s| {
             let mut delta = Vec::with_capacity(count * group);
@@ -169,7 +196,7 @@ impl Block {
             rows: count * group,
             tiles: mask.tiles(first..first + count, kv_len),
             visible: (first..first + count).map(|i| mask.visible(i, kv_len)).collect(),
-            q: pack_group(shape, saved.q, kv_head, first, count),
+            q: stacked(shape, saved.q, kv_head, first, count),
             dout,
             lse: of_rows(saved.lse).copied().collect(),
             delta,

@@ -6,6 +6,7 @@ use super::{AttnMask, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
+use std::borrow::Cow;
 
 /// Up to this many query rows the keys of one block are split among tasks.
 const MAX_DECODE_ROWS: usize = 8;
@@ -111,20 +112,17 @@ fn blocks<'a>(
     blocks
 }
 
-/// The columns of one KV head's query group, positions stacked: `[rows · group, head_dim]`, row-major and dense.
-pub(super) fn pack_group(
+/// The columns of one KV head's query group, positions stacked: `[rows · group, head_dim]`, row-major and dense; copied where they are not so
+/// already.
+pub(super) fn stacked<'a>(
     shape: AttnShape,
-    mat: MatRef<'_>,
+    mat: MatRef<'a>,
     kv_head: usize,
     first: usize,
     rows: usize,
-) -> Vec<f32> {
+) -> Cow<'a, [f32]> {
     let width = shape.group() * shape.head_dim;
-    let mut packed = Vec::with_capacity(rows * width);
-    for i in first..first + rows {
-        packed.extend_from_slice(&mat.row(i)[kv_head * width..][..width]);
-    }
-    packed
+    mat.rows_at(first, rows).columns(kv_head * width, width).dense_values()
 }
 
 impl Partial {
@@ -140,7 +138,7 @@ impl Partial {
     ) -> Self {
         let AttnShape { head_dim, scale, .. } = shape;
         let rows = count * shape.group();
-        let packed = pack_group(shape, q, kv_head, first, count);
+        let packed = stacked(shape, q, kv_head, first, count);
         let q = MatRef::dense(&packed, rows, head_dim);
         let (k, v) = (k.columns(kv_head * head_dim, head_dim), v.columns(kv_head * head_dim, head_dim));
         let visible: Vec<Visible> = (first..first + count).map(|i| mask.visible(i, k.rows())).collect();

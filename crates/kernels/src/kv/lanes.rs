@@ -17,7 +17,7 @@ const ROUND: f32 = 12_582_912.0;
 const LOWEST: f32 = -126.0;
 
 /// Sixteen lanes of an instruction set; the pointers follow the contracts of plain reads and writes, unaligned.
-pub(super) trait Lanes: Simd {
+pub(crate) trait Lanes: Simd {
     /// Sixteen `f32`.
     type W: Copy;
     /// Enough registers for tiles of 6 × 4 vectors, else of 6 × 1.

@@ -8,7 +8,7 @@ mod buffers;
 mod decode;
 mod dot;
 mod format;
-mod lanes;
+pub(crate) mod lanes;
 mod prefill;
 mod rounding;
 mod store;

@@ -31,7 +31,7 @@ const LANES: usize = 16;
 /// # Safety
 /// The CPU has AVX-512 with BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-pub(super) unsafe fn panels(b: MatRef<'_>, tb: Trans, first: usize, out: &mut [u16], stride: usize) {
+pub(crate) unsafe fn panels(b: MatRef<'_>, tb: Trans, first: usize, out: &mut [u16], stride: usize) {
     let (k, n) = tb.shape(b);
     let count = out.len().div_ceil(stride);
     assert!(stride >= padded(k) * PANEL && out.len() >= (count - 1) * stride + padded(k) * PANEL);
@@ -70,7 +70,7 @@ pub(super) unsafe fn panels(b: MatRef<'_>, tb: Trans, first: usize, out: &mut [u
 /// # Safety
 /// The CPU has AVX-512 with BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-pub(super) unsafe fn rows(
+pub(crate) unsafe fn rows(
     a: MatRef<'_>,
     ta: Trans,
     alpha: f32,
@@ -109,7 +109,7 @@ pub(super) unsafe fn rows(
 /// # Safety
 /// The CPU has AVX-512 with BF16. `out` has `a.cols()` rows with room for these values, the caller's alone.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-pub(super) unsafe fn columns(a: MatRef<'_>, first: usize, out: *mut u16, stride: usize) {
+pub(crate) unsafe fn columns(a: MatRef<'_>, first: usize, out: *mut u16, stride: usize) {
     for col in (0..a.cols()).step_by(ROWS) {
         let count = ROWS.min(a.cols() - col);
         let pairs = transposed(a, first, col, count, 1.0);
@@ -172,7 +172,7 @@ fn load(x: MatRef<'_>, row: usize, col: usize, count: usize, alpha: f32) -> __m5
 /// The 16 × 16 transpose of 32-bit lanes.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+pub(crate) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     let zero = _mm512_setzero_si512();
     let (mut pairs, mut quads, mut out) = ([zero; 16], [zero; 16], [zero; 16]);
     for i in 0..8 {
@@ -206,7 +206,7 @@ fn lanes(a: __m512i, b: __m512i) -> (__m512i, __m512i) {
 /// The same bits.
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
-fn as_integers(v: __m512bh) -> __m512i {
+pub(crate) fn as_integers(v: __m512bh) -> __m512i {
     // SAFETY: both are 64 bytes of which any pattern is a value.
     unsafe { std::mem::transmute(v) }
 }

@@ -8,8 +8,8 @@ mod amx_model;
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) use amx_model::Model;
 #[cfg(target_arch = "x86_64")]
-mod bf16;
-mod buffer;
+pub(crate) mod bf16;
+pub(crate) mod buffer;
 mod dense;
 #[cfg(target_arch = "x86_64")]
 mod dense_bf16;
