@@ -3,9 +3,10 @@
 //! `S_t = a_t S_{t−1} + β_t k_t (v_t − a_t S_{t−1}ᵀ k_t)ᵀ`, `y_{t,h} = S_tᵀ q_{t,h}`, `a_t = exp(log_a_t)`.
 
 use crate::chunk::{CHUNK, Decay, check_len, scale};
+use crate::gemm::split_gemm;
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, exp};
-use crate::{Exec, MatMut, MatRef, Reused, STACK, Store, Trans, gemm, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, STACK, Store, Trans, mixed_gemm};
 use smallvec::{SmallVec, smallvec};
 
 mod backward;
@@ -102,8 +103,8 @@ impl<'a> DeltaInputs<'a> {
 /// Inside a chunk `S_t = e^{c_t} S_0 + Σ_{s≤t} e^{c_t−c_s} k_s w_sᵀ`, where `c` sums the log decays and the corrections `w`
 /// solve `(I + T) w = β (v − e^c S_0ᵀ k)` with `T_ts = β_t e^{c_t−c_s} k_t·k_s` for `s < t`. `I + T` is inverted for all chunks
 /// at once (its inverse has no entry above 1 for keys of norm ≤ 1); a pass over the chunks then finds states and
-/// corrections, and all outputs follow. Products of queries and outputs are in the context's precision; what the recurrence is solved with
-/// and the states stay f32.
+/// corrections, and all outputs follow. Products of queries and outputs are in the context's precision; states are f32, and so are the products
+/// that the recurrence is solved with, or of factors of two bfloat16 values each.
 ///
 /// Panics when a length does not fit. Source: arXiv 2412.06464, section 3.3, and arXiv 2406.06484 (UT transform).
 pub fn gated_delta(
@@ -164,16 +165,9 @@ fn solvers(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>) -> Vec<Solve
 /// `out[i, j] = a_i · b_j` for `rows` rows `a` and as many rows `b` as there are, rows of `out` [`CHUNK`] apart.
 fn products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
     let columns = b.len() / width;
-    gemm(
-        exec,
-        MatMut::new(out, rows, columns, CHUNK),
-        MatRef::dense(a, rows, width),
-        Trans::No,
-        MatRef::dense(b, columns, width),
-        Trans::Yes,
-        1.0,
-        Store::Overwrite,
-    );
+    let (a, b) = (MatRef::dense(a, rows, width), MatRef::dense(b, columns, width));
+    let out = MatMut::new(out, rows, columns, CHUNK);
+    split_gemm(exec, out, a, Trans::No, b, Trans::Yes, Store::Overwrite);
 }
 
 /// [`products`] of many rows in the context's precision.
@@ -227,7 +221,7 @@ fn chunk_borders(
         let product = |out: &mut [f32], a: MatRef<'_>, ta, b: &[f32], rows, store| {
             let out_rows = out.len() / head_dim;
             let (out, b) = (MatMut::dense(out, out_rows, head_dim), MatRef::dense(b, rows, head_dim));
-            gemm(&single, out, a, ta, b, no, 1.0, store);
+            split_gemm(&single, out, a, ta, b, no, store);
         };
         let keys = MatRef::dense(k, seq, d_state);
         let state = carry.to_vec();

@@ -114,6 +114,27 @@ pub fn mixed_gemm(
     packed::product(exec, out, (a, ta), (b, tb), alpha, store);
 }
 
+/// [`gemm()`] with `alpha` 1 for what bfloat16 is too coarse for: where the context multiplies in bfloat16 and tiles make it pay, factors keep 16
+/// bits of their mantissa, two bfloat16 values each; otherwise all of it.
+pub(crate) fn split_gemm(
+    exec: &Exec,
+    out: MatMut<'_>,
+    a: MatRef<'_>,
+    ta: Trans,
+    b: MatRef<'_>,
+    tb: Trans,
+    store: Store,
+) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let (m, n, k) = check(&out, (a, ta), (b, tb));
+        if exec.precision() == Precision::Bf16 && packed::split_pays(exec, m, n, k) {
+            return packed::split_product(exec, out, (a, ta), (b, tb), store);
+        }
+    }
+    gemm(exec, out, a, ta, b, tb, 1.0, store);
+}
+
 /// The right-hand side of one call, shapes checked, `k > 0`.
 #[derive(Clone, Copy)]
 struct Product<'a> {

@@ -5,9 +5,10 @@ use super::{
     scale_rows, solvers, weigh_heads, weigh_row,
 };
 use crate::chunk::{CHUNK, add_suffix_sums, check_len, scale};
+use crate::gemm::split_gemm;
 use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, dot};
-use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, gemm, mixed_gemm};
+use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
 
 /// Gradient of [`super::gated_delta`], as [`crate::ssd::ssd_backward`]. Chunked throughout; recomputes the states, and
 /// holds about seven matrices of chunk or state size per 64 tokens meanwhile.
@@ -94,9 +95,9 @@ struct Chunk<'a> {
     dy: &'a [f32],
 }
 
-/// `out = op(a) · op(b)` or `+=`, everything with dense or chunk-strided rows, in f32.
+/// `out = op(a) · op(b)` or `+=`, everything with dense or chunk-strided rows, in f32 or close to it.
 fn product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
-    gemm(exec, out, a.0, a.1, b.0, b.1, 1.0, store);
+    split_gemm(exec, out, a.0, a.1, b.0, b.1, store);
 }
 
 /// [`product`] with as many rows as queries, in the context's precision.
@@ -197,7 +198,7 @@ impl Chunk<'_> {
         let state = MatRef::dense(&self.border.state, d_state, head_dim);
         let mut sums = Sums { d_sums: [0.0; CHUNK], d_beta: [0.0; CHUNK] };
 
-        // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s. Decays get the differences of sums of these products, so they are in f32.
+        // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s. Decays get the differences of sums of these products, so they are not in bfloat16.
         let mut scores = Reused::new(rows * CHUNK);
         let mut d_scores = Reused::new(rows * CHUNK);
         products(exec, rows, d_state, q, k, &mut scores);

@@ -146,18 +146,24 @@ fn pairs_of_row(x: MatRef<'_>, row: usize, col: usize, alpha: f32) -> __m512i {
 fn pairs_of_rows(x: MatRef<'_>, row: usize, col: usize, count: usize, alpha: f32) -> __m512i {
     let low = load(x, row, col, count, alpha);
     let high = load(x, row + 1, col, count, alpha);
-    // Lower halves of the 32-bit lanes from `low`, upper ones from `high`.
+    interleaved(as_integers(_mm512_cvtne2ps_pbh(high, low)))
+}
+
+/// Sixteen values and sixteen more as pairs of one and one.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+pub(crate) fn interleaved(values: __m512i) -> __m512i {
     let order = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
         2, 17, 1, 16, 0,
     );
-    _mm512_permutexvar_epi16(order, as_integers(_mm512_cvtne2ps_pbh(high, low)))
+    _mm512_permutexvar_epi16(order, values)
 }
 
 /// Up to `count` values of row `row` from column `col` on, times `alpha`; zero where the matrix has none.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 #[inline]
-fn load(x: MatRef<'_>, row: usize, col: usize, count: usize, alpha: f32) -> __m512 {
+pub(super) fn load(x: MatRef<'_>, row: usize, col: usize, count: usize, alpha: f32) -> __m512 {
     if row >= x.rows() || col >= x.cols() {
         return _mm512_setzero_ps();
     }

@@ -20,6 +20,8 @@ mod input;
 mod kernel;
 mod product;
 mod quant;
+#[cfg(target_arch = "x86_64")]
+mod split;
 
 #[cfg(test)]
 mod tests;
@@ -34,6 +36,8 @@ pub use driver::{Product, matmul, matmul_swiglu};
 pub use input::Input;
 pub use product::{Shared, Uses};
 pub(crate) use product::{linear_backward, pays, product, product_with};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use split::{pays as split_pays, product as split_product};
 
 /// Output features of a panel.
 pub(crate) const PANEL: usize = 16;

@@ -334,11 +334,6 @@ unsafe fn weigh(
 ) {
     let scale = block.shape.scale;
     let (to_base_2, scale) = (_mm512_set1_ps(scale * std::f32::consts::LOG2_E), _mm512_set1_ps(scale));
-    // Lower halves of the 32-bit lanes from the first row, upper ones from the second.
-    let order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
-        2, 17, 1, 16, 0,
-    );
     let panel_values = rows.len() * PANEL;
     assert!(bits.len() >= rows.end && scores.len() >= rows.end * UNIT && d_weights.len() >= rows.end * UNIT);
     assert!(weights_panels.len() >= panels * panel_values && d_scores_panels.len() >= panels * panel_values);
@@ -369,12 +364,12 @@ unsafe fn weigh(
                     let above_mean = _mm512_sub_ps(dp, _mm512_set1_ps(delta));
                     ds[i] = _mm512_maskz_mul_ps(seen, _mm512_mul_ps(weight, scale), above_mean);
                 }
-                let pair = panel * panel_values + (row - rows.start) * LANES;
-                let interleaved = |low, high| {
-                    _mm512_permutexvar_epi16(order, bf16::as_integers(_mm512_cvtne2ps_pbh(high, low)))
+                let pairs = |rows: [__m512; 2]| {
+                    bf16::interleaved(bf16::as_integers(_mm512_cvtne2ps_pbh(rows[1], rows[0])))
                 };
-                _mm512_storeu_si512(weights_panels.as_mut_ptr().add(pair).cast(), interleaved(p[0], p[1]));
-                _mm512_storeu_si512(d_scores_panels.as_mut_ptr().add(pair).cast(), interleaved(ds[0], ds[1]));
+                let pair = panel * panel_values + (row - rows.start) * LANES;
+                _mm512_storeu_si512(weights_panels.as_mut_ptr().add(pair).cast(), pairs(p));
+                _mm512_storeu_si512(d_scores_panels.as_mut_ptr().add(pair).cast(), pairs(ds));
                 for (i, ds) in ds.into_iter().enumerate() {
                     let at = (row + i) * UNIT + panel * LANES;
                     let rounded: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(ds));
