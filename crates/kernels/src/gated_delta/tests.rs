@@ -4,12 +4,19 @@ use super::*;
 use crate::chunk::testing::{LENGTHS, assert_close, assert_gradient, execs, inner, random, rng, wide};
 use crate::naive;
 use crate::naive::gated_delta::DeltaData;
+use crate::testing::execs_and_modelled_amx;
+use crate::{IsaLevel, Precision};
 
 /// Against f64, relative to the largest value: f32 sums of a few thousand products of mixed sign, after a triangular
 /// solve whose inverse has no entry above 1.
 const TOLERANCE: f64 = 1e-5;
 /// Chunked against step-by-step: both are off f64 by up to [`TOLERANCE`].
 const FORM_TOLERANCE: f64 = 2.0 * TOLERANCE;
+
+/// The same where the context multiplies in bfloat16: outputs and gradients are sums of products of factors rounded by up to 2⁻⁹.
+const ROUNDED_TOLERANCE: f64 = 1e-2;
+/// States are solved for with 16 bits of mantissa.
+const SPLIT_TOLERANCE: f64 = 2e-4;
 
 /// Ranges of `log_a`: as trained, forgetting at once, hardly forgetting, and all of them mixed.
 const DECAYS: [(f32, f32); 4] = [(-0.5, -0.01), (-50.0, -50.0), (-1e-6, -1e-6), (-200.0, 0.0)];
@@ -135,6 +142,30 @@ fn agrees_with_naive() {
     for shape in shapes {
         for decay in DECAYS {
             case(shape, decay, 1.0).check(&format!("{decay:?}"));
+        }
+    }
+}
+
+#[test]
+fn agrees_with_naive_in_bf16() {
+    let rounding = execs_and_modelled_amx().into_iter().filter(|e| e.isa().level() >= IsaLevel::Avx512Bf16);
+    let rounding: Vec<_> = rounding.map(|exec| exec.with_precision(Precision::Bf16).unwrap()).collect();
+    for shape in [shape(1, 3, 64, 64), shape(65, 2, 64, 64), shape(200, 3, 64, 64), shape(130, 3, 40, 24)] {
+        for decay in DECAYS {
+            let case = case(shape, decay, 1.0);
+            let (y, state) = naive::gated_delta::gated_delta(shape, &case.data());
+            let (dy, d_final) = (wide(&case.dy), wide(&case.d_final));
+            let mut gradients = naive::gated_delta::gated_delta_backward(shape, &case.data(), &dy, &d_final);
+            for exec in &rounding {
+                let what = format!("{} {shape:?} {decay:?}", exec.isa());
+                let found = case.whole(exec);
+                assert_close(&format!("y {what}"), &found.0, &y, ROUNDED_TOLERANCE);
+                assert_close(&format!("state {what}"), &found.1, &state, SPLIT_TOLERANCE);
+                let found = case.gradients(exec, 0.0, true);
+                for (i, (found, expected)) in found.iter().zip(gradients.parts_mut()).enumerate() {
+                    assert_close(&format!("gradient {i} {what}"), found, expected, ROUNDED_TOLERANCE);
+                }
+            }
         }
     }
 }
