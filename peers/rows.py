@@ -86,17 +86,19 @@ def train_rows():
     """Training steps against PyTorch's full-weight step on the same batch."""
     rows = []
     for step, shape, target in (
-        ("full", "2x512", 2.0), ("full", "1x2048", 2.0), ("full-checkpointed", "2x512", None), ("align", "2x512", 4.0),
+        ("full", "2x512", 2.0), ("full", "1x2048", 2.0), ("full-bf16", "2x512", 2.0), ("full-bf16", "1x2048", 2.0),
+        ("full-lean", "2x512", None), ("align", "2x512", 4.0),
         ("align", "1x2048", None), ("align-mamba2", "2x512", 4.0), ("align-mamba2", "1x2048", None), ("distill", "2x512", 1.5),
         ("distill", "1x2048", None),
     ):
         what = {
-            "full": "every weight", "full-checkpointed": "every weight, checkpointed activations", "align": "heads of all groups (align)",
+            "full": "every weight", "full-bf16": "every weight, moments in bf16",
+            "full-lean": "every weight, moments in bf16, checkpointed activations", "align": "heads of all groups (align)",
             "align-mamba2": "Mamba-2 heads beside a window of 64 of all groups (align)", "distill": "new heads of β 0.75 (distill)",
         }[step]
         title = f"training step, {what}, {shape.replace('x', ' × ')} / PyTorch's step of every weight"
         rows.append(Row(f"train/{step}/{shape}", title, (f"train/ours/{step}/{shape}:speed",), (f"train/torch/full/{shape}:speed",), target))
-    for step, how in (("full", ""), ("full-checkpointed", ", checkpointed activations")):
+    for step, how in (("full", ""), ("full-bf16", ", moments in bf16"), ("full-lean", ", moments in bf16, checkpointed activations")):
         sides = [(f"train/ours/{step}/2x512:mib",), ("train/torch/full/2x512:mib",)]
         title = f"peak memory of training every weight{how}, 2 × 512 / PyTorch"
         rows.append(Row(f"train/memory/{step}", title, *sides, 0.5, "at-most-share", "MiB"))

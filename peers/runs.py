@@ -1,5 +1,5 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-checkpointed, distill, align, align-mamba2),
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-bf16, full-lean, distill, align, align-mamba2),
 and gives a dictionary of metrics."""
 
 import json
@@ -16,7 +16,8 @@ DEEP = 32000
 CHOICE_DEPTH = 7900
 FIRST_TOKEN_RUNS = 5
 MEMORY_TOKENS = 8
-TRAIN_STEPS = 4
+# The first few steps of a process are slow where memory lay idle; the median of so many is not one of them.
+TRAIN_STEPS = 8
 FITS = "run `target/release/recurformer --help`: the binary may be older than this script"
 
 
@@ -141,7 +142,10 @@ class Runner:
             return {"speed": float(printed), "mib": mib}
         batch, length = shape.split("x")
         step, _, how = step.partition("-")
-        options = {"": [], "checkpointed": ["--checkpoint-activations"], "mamba2": ["--mixer", "mamba2", "--window", "64"]}[how]
+        options = {
+            "": [], "bf16": ["--moments", "bf16"], "lean": ["--moments", "bf16", "--checkpoint-activations"],
+            "mamba2": ["--mixer", "mamba2", "--window", "64"],
+        }[how]
         command = self.tools.ours(
             "bench-train", "--model", MODEL, "--steps", step, "--batch", batch, "--context", length, "--repeats", str(TRAIN_STEPS), "--json",
             *options,
