@@ -47,10 +47,18 @@ impl RoundedWeight {
         if exec.precision() == Precision::F32 {
             return None;
         }
-        let (mut forward, mut backward) = (Packed::empty(), Packed::empty());
-        forward.set_bf16(exec, weight, Trans::Yes);
-        backward.set_bf16(exec, weight, Trans::No);
-        Some(Self { forward, backward })
+        let mut rounded = Self { forward: Packed::empty(), backward: Packed::empty() };
+        rounded.set(exec, weight);
+        Some(rounded)
+    }
+
+    /// Becomes `weight`, rounded, in the same memory.
+    ///
+    /// # Panics
+    /// On an instruction set without bfloat16.
+    pub fn set(&mut self, exec: &Exec, weight: MatRef<'_>) {
+        self.forward.set_bf16(exec, weight, Trans::Yes);
+        self.backward.set_bf16(exec, weight, Trans::No);
     }
 }
 

@@ -74,8 +74,10 @@ pub struct Trainer<'a> {
     grads: Grads,
     tape: Tape,
     logits: LogitBuffers,
-    /// The output projection where it does not train, once it was rounded.
+    /// The output projection, once it was rounded; nothing in f32.
     output: Option<RoundedWeight>,
+    /// Whether `output` is of the present weights.
+    output_is_current: bool,
 }
 
 /// Of [`LOGIT_ROWS`] rows, reused from chunk to chunk.
@@ -156,6 +158,7 @@ impl<'a> Trainer<'a> {
             tape: if options.checkpoint_activations { Tape::checkpointed() } else { Tape::default() },
             logits: LogitBuffers::default(),
             output: None,
+            output_is_current: false,
         })
     }
 
@@ -214,6 +217,7 @@ impl<'a> Trainer<'a> {
                 rule.apply_any(self.exec, lr * *lr_scale, grad, hybrid.params.data_mut(*id), moments);
             }
         }
+        self.output_is_current &= !self.grads.wants(hybrid.output_param());
         let lr = lr * self.base_lr_scale;
         for LowRank { factors, grads, moments_a, moments_b, .. } in &mut self.low_rank {
             rule.apply(self.exec, lr, &grads.a, &mut factors.a, moments_a);
@@ -276,8 +280,11 @@ impl<'a> Trainer<'a> {
         };
         let hidden = hybrid.forward_batch(exec, batch, &mut NoObserver, Some(&mut self.tape))?;
         let labels = next_tokens(batch);
-        if self.output.is_none() && !self.grads.wants(hybrid.output_param()) {
-            self.output = RoundedWeight::new(exec, hybrid.output_weight());
+        if !std::mem::replace(&mut self.output_is_current, true) {
+            match &mut self.output {
+                Some(rounded) => rounded.set(exec, hybrid.output_weight()),
+                None => self.output = RoundedWeight::new(exec, hybrid.output_weight()),
+            }
         }
         let output = self.output.as_ref();
         let mut dhidden = Vec::with_capacity(hidden.len());
