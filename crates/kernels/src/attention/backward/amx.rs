@@ -151,7 +151,7 @@ fn room<T: crate::packed::buffer::Element>(lines: &mut Lines, count: usize) -> &
 struct Columns {
     /// Unit and first column.
     of_units: Vec<(usize, usize)>,
-    /// Values between two rows; no multiple of what would put all rows into few cache sets.
+    /// Values between two rows: an odd number of cache lines, so that rows do not share cache sets.
     span: usize,
 }
 
@@ -164,7 +164,7 @@ impl Columns {
             of_units.push((unit, span));
             span += keys.units[unit].keys;
         }
-        Self { of_units, span: (span / PANEL | 1) * PANEL + PANEL }
+        Self { of_units, span: ((span / PANEL) | 1) * PANEL }
     }
 
     fn of(&self, unit: usize) -> usize {
