@@ -167,7 +167,7 @@ fn products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &
     let columns = b.len() / width;
     let (a, b) = (MatRef::dense(a, rows, width), MatRef::dense(b, columns, width));
     let out = MatMut::new(out, rows, columns, CHUNK);
-    split_gemm(exec, out, a, Trans::No, b, Trans::Yes, Store::Overwrite);
+    split_gemm(exec, out, (a, Trans::No), (b, Trans::Yes), Store::Overwrite);
 }
 
 /// [`products`] of many rows in the context's precision.
@@ -221,7 +221,7 @@ fn chunk_borders(
         let product = |out: &mut [f32], a: MatRef<'_>, ta, b: &[f32], rows, store| {
             let out_rows = out.len() / head_dim;
             let (out, b) = (MatMut::dense(out, out_rows, head_dim), MatRef::dense(b, rows, head_dim));
-            split_gemm(&single, out, a, ta, b, no, store);
+            split_gemm(&single, out, (a, ta), (b, no), store);
         };
         let keys = MatRef::dense(k, seq, d_state);
         let state = carry.to_vec();

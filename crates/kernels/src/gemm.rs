@@ -119,20 +119,18 @@ pub fn mixed_gemm(
 pub(crate) fn split_gemm(
     exec: &Exec,
     out: MatMut<'_>,
-    a: MatRef<'_>,
-    ta: Trans,
-    b: MatRef<'_>,
-    tb: Trans,
+    a: (MatRef<'_>, Trans),
+    b: (MatRef<'_>, Trans),
     store: Store,
 ) {
     #[cfg(target_arch = "x86_64")]
     {
-        let (m, n, k) = check(&out, (a, ta), (b, tb));
+        let (m, n, k) = check(&out, a, b);
         if exec.precision() == Precision::Bf16 && packed::split_pays(exec, m, n, k) {
-            return packed::split_product(exec, out, (a, ta), (b, tb), store);
+            return packed::split_product(exec, out, a, b, store);
         }
     }
-    gemm(exec, out, a, ta, b, tb, 1.0, store);
+    gemm(exec, out, a.0, a.1, b.0, b.1, 1.0, store);
 }
 
 /// The right-hand side of one call, shapes checked, `k > 0`.

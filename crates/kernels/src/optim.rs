@@ -152,24 +152,22 @@ mod tests {
     /// f32 rounding of ten steps of a handful of operations each.
     const TOLERANCE: f64 = 3e-6;
 
+    const LENGTHS: [usize; 7] = [0, 1, 63, 64, 65, 500, TASK + 1];
+
+    /// Everything in use, at a step.
+    fn hyper(step: u64) -> AdamW {
+        AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 }
+    }
+
     #[test]
     fn ten_steps_agree_with_naive() {
-        let mut hyper = AdamW {
-            lr: 1e-2,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            step: 0,
-            grad_scale: 0.5,
-        };
         for exec in execs() {
-            for n in [0, 1, 63, 64, 65, 500, TASK + 1] {
+            for n in LENGTHS {
                 let mut param = noise(1, n);
                 let (mut m, mut v) = (vec![0.0; n], vec![0.0; n]);
                 let (mut param6, mut m6, mut v6) = (to_f64(&param), to_f64(&m), to_f64(&v));
                 for step in 1..=10 {
-                    hyper.step = step;
+                    let hyper = hyper(step);
                     let grad = noise(step + 1, n);
                     adamw(&exec, &hyper, &grad, &mut param, &mut m, &mut v);
                     for i in 0..n {
@@ -187,21 +185,12 @@ mod tests {
     /// Every step from the same moments: the parameter is the one of [`adamw`], moments are one of the two neighbours of what it computes.
     #[test]
     fn moments_in_bf16_are_neighbours_of_those_in_f32() {
-        let mut hyper = AdamW {
-            lr: 1e-2,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            step: 0,
-            grad_scale: 0.5,
-        };
         for exec in execs() {
-            for n in [0, 1, 63, 64, 65, 500, TASK + 1] {
+            for n in LENGTHS {
                 let (mut m, mut v) = (vec![bf16::ZERO; n], vec![bf16::ZERO; n]);
                 let mut param = noise(1, n);
                 for step in 1..=10 {
-                    hyper.step = step;
+                    let hyper = hyper(step);
                     let grad = noise(step + 1, n);
                     let (mut wanted, mut m32, mut v32) = (param.clone(), widen(&m), widen(&v));
                     adamw(&exec, &hyper, &grad, &mut wanted, &mut m32, &mut v32);

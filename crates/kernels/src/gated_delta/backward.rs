@@ -95,12 +95,7 @@ struct Chunk<'a> {
     dy: &'a [f32],
 }
 
-/// `out = op(a) · op(b)` or `+=`, everything with dense or chunk-strided rows, in f32 or close to it.
-fn product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
-    split_gemm(exec, out, a.0, a.1, b.0, b.1, store);
-}
-
-/// [`product`] with as many rows as queries, in the context's precision.
+/// `out = op(a) · op(b)` or `+=` with as many rows as queries, in the context's precision.
 fn query_product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
     mixed_gemm(exec, out, a.0, a.1, b.0, b.1, 1.0, store);
 }
@@ -150,7 +145,7 @@ impl Chunk<'_> {
         let decay = &self.solver.decay;
         let keys = MatRef::dense(k, seq, d_state);
         let mut d_corrections = Reused::new(seq * head_dim);
-        product(
+        split_gemm(
             exec,
             MatMut::dense(&mut d_corrections, seq, head_dim),
             (keys, Trans::No),
@@ -162,7 +157,7 @@ impl Chunk<'_> {
             scale(decay.to_end[t], &mut d_corrections[row.clone()]);
             axpy(s, 1.0, &border.target[row.clone()], &mut d_corrections[row]);
         });
-        product(
+        split_gemm(
             exec,
             MatMut::dense(&mut border.target, seq, head_dim),
             (MatRef::new(&self.solver.inverse, seq, seq, CHUNK), Trans::Yes),
@@ -178,7 +173,7 @@ impl Chunk<'_> {
             scale_rows(&border.target, &factors, head_dim, &mut d_reads);
             crate::chunk::pass_state(s, decay.total, d_carry, &mut border.state);
         });
-        product(
+        split_gemm(
             exec,
             MatMut::dense(d_carry, d_state, head_dim),
             (keys, Trans::Yes),
@@ -213,7 +208,7 @@ impl Chunk<'_> {
         let decayed = self.decayed(exec);
         let mut reads = Reused::new(rows * d_state);
         let out = MatMut::dense(&mut reads, rows, d_state);
-        product(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), overwrite);
+        split_gemm(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), overwrite);
 
         // T_ts = β_t e^{c_t−c_s} (k_t·k_s); its gradient is −(target gradient)·wᵀ.
         let mut triangle = scores;
@@ -222,21 +217,21 @@ impl Chunk<'_> {
         products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
         dispatch!(exec.isa(), |s| self.weigh_triangle(s, &triangle, &mut d_triangle, &mut sums));
         let d_triangle = MatRef::new(&d_triangle, seq, seq, CHUNK);
-        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), add);
-        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), add);
+        split_gemm(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), add);
+        split_gemm(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), add);
 
         // target_t = β_t (v_t − e^{c_t} S_0ᵀ k_t)
         let mut d_reads = Reused::new(seq * head_dim);
         dispatch!(exec.isa(), |s| self.target(s, border, dv, &mut d_reads, &mut sums));
         let out = MatMut::dense(dk, seq, d_state);
-        product(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), add);
+        split_gemm(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), add);
 
         // S_last = e^{c_last} S_0 + Σ_s e^{c_last−c_s} k_s w_sᵀ
         let mut writes = Reused::new(seq * d_state);
         let corrections = MatRef::dense(&self.border.corrections, seq, head_dim);
         let d_state_out = MatRef::dense(&border.state, d_state, head_dim);
         let out = MatMut::dense(&mut writes, seq, d_state);
-        product(exec, out, (corrections, no), (d_state_out, yes), overwrite);
+        split_gemm(exec, out, (corrections, no), (d_state_out, yes), overwrite);
         dispatch!(exec.isa(), |s| {
             axpy(s, 1.0, &reads, dq);
             let decay = &self.solver.decay;

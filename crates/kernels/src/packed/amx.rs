@@ -209,6 +209,23 @@ pub(crate) unsafe fn tile_into(_configured: &Configured, operands: Operands<'_>,
     unsafe { multiply(&mut Hardware, operands, out) }
 }
 
+/// [`tile_into`] of any number of panels.
+///
+/// # Safety
+/// As [`tile_into`].
+///
+/// # Panics
+/// As [`tile_into`].
+pub(crate) unsafe fn panels_into(configured: &Configured, operands: Operands<'_>, out: Out) {
+    let Operands { cols, weights, panels, .. } = operands;
+    for panel in (0..panels).step_by(SHAPE.1) {
+        let weights = &weights[panel * padded(cols) * PANEL..];
+        let operands = Operands { weights, panels: SHAPE.1.min(panels - panel), ..operands };
+        // SAFETY: the caller's contract; these panels' columns are among the output's.
+        unsafe { tile_into(configured, operands, Out { first: out.first.add(panel * PANEL), ..out }) };
+    }
+}
+
 /// [`tile_into`] on any tiles, which are configured.
 ///
 /// # Safety

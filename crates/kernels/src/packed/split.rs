@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::amx::{Configured, Operands, Out, SHAPE, tile_into};
+use super::amx::{Configured, Operands, Out, panels_into};
 use super::bf16::{SPAN, as_integers, interleaved, load, transpose};
 use super::buffer::Lines;
 use super::{PANEL, padded};
@@ -67,19 +67,16 @@ pub(crate) fn product(
             false => (tile.as_mut_slice::<f32>().as_mut_ptr(), columns, Store::Overwrite),
         };
         let configured = Configured::new();
-        for panel in (0..columns / PANEL).step_by(SHAPE.1) {
-            let operands = Operands {
-                cols,
-                weights: &panels.as_slice::<u16>()[panel * cols * PANEL..],
-                panels: SHAPE.1.min(columns / PANEL - panel),
-                x: x.as_slice(),
-                stride: cols,
-                rows,
-            };
-            let first = first.wrapping_add(panel * PANEL);
-            // SAFETY: the output, or the buffer, has whole tiles of `rows` and `columns`.
-            unsafe { tile_into(&configured, operands, Out { first, stride, store: to }) };
-        }
+        let operands = Operands {
+            cols,
+            weights: panels.as_slice(),
+            panels: columns / PANEL,
+            x: x.as_slice(),
+            stride: cols,
+            rows,
+        };
+        // SAFETY: the output, or the buffer, has whole tiles of `rows` and `columns`.
+        unsafe { panels_into(&configured, operands, Out { first, stride, store: to }) };
         if direct {
             return;
         }

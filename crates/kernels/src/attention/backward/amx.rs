@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::super::mask::Visible;
 use super::{Block, KvGradient};
 use crate::kv::lanes::Lanes;
-use crate::packed::amx::{Configured, Operands, Out, tile_into};
+use crate::packed::amx::{Configured, Operands, Out, panels_into};
 use crate::packed::buffer::Lines;
 use crate::packed::{PAD, PANEL, bf16};
 use crate::simd::Avx512;
@@ -262,18 +262,8 @@ unsafe fn block_backward(
                            out_stride,
                            store| {
                 let [rows, cols, panels] = shape;
-                for panel in (0..panels).step_by(2) {
-                    let operands = Operands {
-                        cols,
-                        weights: &weights[panel * cols * PANEL..],
-                        panels: 2.min(panels - panel),
-                        x,
-                        stride,
-                        rows,
-                    };
-                    let first = out.add(panel * PANEL);
-                    tile_into(configured, operands, Out { first, stride: out_stride, store });
-                }
+                let operands = Operands { cols, weights, panels, x, stride, rows };
+                panels_into(configured, operands, Out { first: out, stride: out_stride, store });
             };
             let of_keys = [all, head_dim, panels];
             let (k, v) = (keys.part(&keys.keys, unit), keys.part(&keys.values, unit));
