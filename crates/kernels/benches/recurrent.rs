@@ -9,6 +9,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use recurformer_kernels::gated_delta::{
     DeltaGrads, DeltaInputs, DeltaShape, gated_delta, gated_delta_backward, gated_delta_step,
+    gated_delta_train,
 };
 use recurformer_kernels::scan::{
     ScanGrads, ScanInputs, ScanShape, selective_scan, selective_scan_backward, selective_scan_step,
@@ -182,10 +183,12 @@ fn gated_delta_chunked_backward(bencher: Bencher) {
     let (exec, case) = (exec(), Delta::new());
     let dy = random(case.y.len(), -1.0, 1.0);
     let mut grads = case.parts.each_ref().map(|part| vec![0.0; part.len()]);
+    let (mut state, mut y) = (case.state.clone(), case.y.clone());
+    let saved = gated_delta_train(&exec, Delta::SHAPE, case.inputs(), &mut state, &mut y);
     bencher.counter(ItemsCount::new(SEQ)).bench_local(|| {
         let [dq, dk, dv, dlog_a, dbeta] = &mut grads;
         let grads = DeltaGrads { dq, dk, dv, dlog_a, dbeta };
-        gated_delta_backward(&exec, Delta::SHAPE, black_box(case.inputs()), None, &dy, None, grads, None);
+        gated_delta_backward(&exec, Delta::SHAPE, black_box(case.inputs()), &saved, &dy, None, grads, None);
     });
 }
 

@@ -114,6 +114,34 @@ pub fn gated_delta(
     state: &mut [f32],
     y: &mut [f32],
 ) {
+    blocks(exec, shape, inputs, state, y, |_| {});
+}
+
+/// [`gated_delta`], with what its backward pass reads.
+pub fn gated_delta_train(
+    exec: &Exec,
+    shape: DeltaShape,
+    inputs: DeltaInputs<'_>,
+    state: &mut [f32],
+    y: &mut [f32],
+) -> DeltaSaved {
+    let mut saved = DeltaSaved { solvers: Vec::new(), borders: Vec::new() };
+    blocks(exec, shape, inputs, state, y, |block| {
+        saved.solvers.extend(block.solvers);
+        saved.borders.extend(block.borders);
+    });
+    saved
+}
+
+/// Runs blocks of chunks, one after another, and hands out what they were solved with.
+fn blocks(
+    exec: &Exec,
+    shape: DeltaShape,
+    inputs: DeltaInputs<'_>,
+    state: &mut [f32],
+    y: &mut [f32],
+    mut done: impl FnMut(DeltaSaved),
+) {
     shape.check(inputs, y.len());
     check_len("state", state.len(), shape.state_len());
     let y_row = shape.heads * shape.head_dim;
@@ -126,14 +154,25 @@ pub fn gated_delta(
             let (shape, inputs) = inputs.chunk(shape, chunk);
             chunk_output(&exec.single(), shape, inputs, &solvers[chunk], &borders[chunk], y);
         });
+        done(DeltaSaved { solvers, borders });
     }
+}
+
+/// What a forward pass knows that its backward pass reads: per token, a row of two `CHUNK · CHUNK` matrices, of the state at its chunk's
+/// start, and two of `head_dim` values.
+pub struct DeltaSaved {
+    /// Of every chunk.
+    solvers: Vec<Solver>,
+    borders: Vec<Border>,
 }
 
 /// What a chunk's corrections depend on besides the state at its start.
 struct Solver {
     decay: Decay,
-    /// `(I + T)⁻¹`, rows [`CHUNK`] apart.
-    inverse: Vec<f32>,
+    /// `e^{c_t−c_s} k_t·k_s` for `s ≤ t`, rows [`CHUNK`] apart.
+    triangle: Reused,
+    /// `(I + T)⁻¹`, likewise.
+    inverse: Reused,
 }
 
 /// The state at a chunk's start and what follows from it.
@@ -155,9 +194,8 @@ fn solvers(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>) -> Vec<Solve
             let decay = Decay::new(s, inputs.log_a, 1);
             for (t, row) in triangle.chunks_exact_mut(CHUNK).enumerate() {
                 weigh_row(s, &decay, t, row);
-                scale(inputs.beta[t], row);
             }
-            Solver { inverse: unit_lower_inverse(s, &triangle), decay }
+            Solver { inverse: unit_lower_inverse(s, &triangle, inputs.beta), triangle, decay }
         })
     })
 }
@@ -170,8 +208,8 @@ fn products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &
     split_gemm(exec, out, (a, Trans::No), (b, Trans::Yes), Store::Overwrite);
 }
 
-/// [`products`] of many rows in the context's precision.
-fn query_products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
+/// [`products`] in the context's precision.
+fn rounded_products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
     let columns = b.len() / width;
     let (a, b) = (MatRef::dense(a, rows, width), MatRef::dense(b, columns, width));
     let out = MatMut::new(out, rows, columns, CHUNK);
@@ -189,16 +227,16 @@ fn weigh_row<S: Simd>(s: S, decay: &Decay, t: usize, row: &mut [f32]) {
     row[Decay::causal_width(t)..].fill(0.0);
 }
 
-/// Inverse of `I + T` by forward substitution, where `T` is the part of `triangle` below its diagonal.
+/// Inverse of `I + T` by forward substitution, where row `t` of `T` is `beta[t]` times what `triangle` has left of its diagonal.
 #[inline(always)]
-fn unit_lower_inverse<S: Simd>(s: S, triangle: &[f32]) -> Vec<f32> {
-    let mut inverse = vec![0.0; triangle.len()];
-    for (t, row) in triangle.chunks_exact(CHUNK).enumerate() {
+fn unit_lower_inverse<S: Simd>(s: S, triangle: &[f32], beta: &[f32]) -> Reused {
+    let mut inverse = Reused::new(triangle.len());
+    for (t, (row, &beta)) in triangle.chunks_exact(CHUNK).zip(beta).enumerate() {
         let (done, current) = inverse.split_at_mut(t * CHUNK);
         let mut sum = [0.0f32; CHUNK];
         sum[t] = 1.0;
         for (done, &factor) in done.chunks_exact(CHUNK).zip(row) {
-            axpy(s, -factor, done, &mut sum);
+            axpy(s, -(beta * factor), done, &mut sum);
         }
         current[..CHUNK].copy_from_slice(&sum);
     }
@@ -214,7 +252,7 @@ fn chunk_borders(
     carry: &mut [f32],
 ) -> Vec<Border> {
     let single = exec.single();
-    let walk = solvers.iter().enumerate().map(|(chunk, Solver { decay, inverse })| {
+    let walk = solvers.iter().enumerate().map(|(chunk, Solver { decay, inverse, .. })| {
         let (shape, DeltaInputs { k, v, beta, .. }) = inputs.chunk(shape, chunk);
         let DeltaShape { seq, d_state, head_dim, .. } = shape;
         let (no, yes) = (Trans::No, Trans::Yes);
@@ -292,7 +330,7 @@ fn chunk_output(
         }
     });
     let mut scores = Reused::new(rows * CHUNK);
-    query_products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
+    rounded_products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
     dispatch!(exec.isa(), |s| weigh_heads(s, &solver.decay, heads, &mut scores));
     mixed_gemm(
         exec,

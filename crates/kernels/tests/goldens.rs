@@ -5,7 +5,7 @@
 use kernels::attention::{AttnMask, AttnSaved, AttnShape, attention, attention_backward};
 use kernels::conv::{short_conv, short_conv_backward};
 use kernels::elementwise::{l2_norm, l2_norm_backward, rms_norm, rms_norm_backward, swiglu, swiglu_backward};
-use kernels::gated_delta::{DeltaGrads, DeltaInputs, DeltaShape, gated_delta, gated_delta_backward};
+use kernels::gated_delta::{DeltaGrads, DeltaInputs, DeltaShape, gated_delta_backward, gated_delta_train};
 use kernels::loss::{cross_entropy, kl_divergence};
 use kernels::optim::{AdamW, adamw};
 use kernels::rope::{Rotation, rope};
@@ -136,7 +136,7 @@ fn gated_delta_matches_pytorch() {
     let inputs = DeltaInputs { q: &q, k: &k, v: &v, log_a: &log_a, beta: &beta };
     each_exec(|exec| {
         let (mut state, mut y) = (case.get("state"), case.poisoned("y"));
-        gated_delta(exec, shape, inputs, &mut state, &mut y);
+        let saved = gated_delta_train(exec, shape, inputs, &mut state, &mut y);
         case.check(exec, "y", &y);
         case.check(exec, "final_state", &state);
 
@@ -146,16 +146,7 @@ fn gated_delta_matches_pytorch() {
         let grads =
             DeltaGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv, dlog_a: &mut dlog_a, dbeta: &mut dbeta };
         let (dy, dfinal) = (case.get("cot.y"), case.get("cot.final_state"));
-        gated_delta_backward(
-            exec,
-            shape,
-            inputs,
-            Some(&case.get("state")),
-            &dy,
-            Some(&dfinal),
-            grads,
-            Some(&mut dstate),
-        );
+        gated_delta_backward(exec, shape, inputs, &saved, &dy, Some(&dfinal), grads, Some(&mut dstate));
         case.check(exec, "grad.q", &dq);
         case.check(exec, "grad.k", &dk);
         case.check(exec, "grad.v", &dv);

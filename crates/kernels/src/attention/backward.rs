@@ -8,6 +8,7 @@ mod amx;
 
 use super::forward::stacked;
 use super::mask::{TILE, Visible, positions_per_block};
+use super::sinks::FewSinks;
 use super::{AttnMask, AttnSaved, AttnShape};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
@@ -36,6 +37,14 @@ struct KvGradient {
     dv: Reused,
 }
 
+/// What queries see: the keys of tiles, and few sinks apart from them.
+#[derive(Clone, Copy)]
+struct Masks<'a> {
+    tiles: AttnMask<'a>,
+    /// The whole mask, where it has few sinks.
+    few_sinks: Option<AttnMask<'a>>,
+}
+
 pub(super) fn attention_backward(
     exec: &Exec,
     shape: AttnShape,
@@ -54,6 +63,10 @@ pub(super) fn attention_backward(
         AttnMask::Causal { .. } => TASKS,
         AttnMask::Local { .. } => LOCAL_TASKS,
     };
+    let (windows, few) = mask.without_few_sinks();
+    let masks = Masks { tiles: windows, few_sinks: few.then_some(mask) };
+    // The last query sees every sink that any does.
+    let few_sinks = masks.few_sinks.map_or(0, |mask| mask.visible(q_len - 1, kv_len).sinks.end);
     let segments = (tasks / kv_heads).clamp(1, blocks);
     let mut shares: Vec<Share<'_>> =
         (0..kv_heads * segments).map(|i| Share { kv_head: i / segments, blocks: Vec::new() }).collect();
@@ -74,29 +87,32 @@ pub(super) fn attention_backward(
     }
     #[cfg(target_arch = "x86_64")]
     let rounded: Option<Vec<amx::Keys>> = amx::applies(exec, head_dim).then(|| {
-        let sinks = mask.visible(q_len - 1, kv_len).sinks.end;
         exec.parallel_map(kv_heads, |kv_head| {
             let column = kv_head * head_dim;
-            amx::Keys::new(exec, saved.k.columns(column, head_dim), saved.v.columns(column, head_dim), sinks)
+            amx::Keys::new(exec, saved.k.columns(column, head_dim), saved.v.columns(column, head_dim))
         })
     });
     let gradients = exec.parallel_map_items(shares, |_, share| {
         let exec = &exec.single();
+        let column = share.kv_head * head_dim;
+        let [k, v] = [saved.k, saved.v].map(|mat| mat.columns(column, head_dim).rows_at(0, few_sinks));
+        let mut sinks = FewSinks::new(k, v);
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &rounded {
             let Share { kv_head, blocks } = share;
-            let block = |first, count| Block::new(exec, shape, mask, &saved, kv_head, first, count);
+            let block = |first, count| Block::new(exec, shape, masks, &saved, kv_head, first, count);
             let blocks = blocks.into_iter().map(|(first, dq)| (block(first, dq.len()), dq)).collect();
-            return amx::run(&rounded[kv_head], blocks);
+            return (amx::run(exec, &rounded[kv_head], &mut sinks, blocks), sinks);
         }
-        share.run(exec, shape, mask, &saved)
+        (share.run(exec, shape, masks, &saved, &mut sinks), sinks)
     });
     exec.parallel_items(vec![(dk, true), (dv, false)], |_, (out, keys)| {
-        for (i, gradient) in gradients.iter().enumerate() {
+        for (i, (gradient, sinks)) in gradients.iter().enumerate() {
             let column = i / segments * head_dim;
-            let part = if keys { &gradient.dk } else { &gradient.dv };
-            let rows = gradient.ranges.iter().cloned().flatten();
-            for (row, part) in rows.zip(part.chunks(head_dim)) {
+            let (part, of_sinks) =
+                if keys { (&gradient.dk, &sinks.d_keys) } else { (&gradient.dv, &sinks.d_values) };
+            let rows = gradient.ranges.iter().cloned().flatten().zip(part.chunks(head_dim));
+            for (row, part) in rows.chain(of_sinks.chunks(head_dim).enumerate()) {
                 let row = &mut out[row * kv_heads * head_dim + column..][..head_dim];
                 row.iter_mut().zip(part).for_each(|(x, y)| *x += y);
             }
@@ -105,15 +121,23 @@ pub(super) fn attention_backward(
 }
 
 impl Share<'_> {
-    fn run(self, exec: &Exec, shape: AttnShape, mask: AttnMask<'_>, saved: &AttnSaved<'_>) -> KvGradient {
+    fn run(
+        self,
+        exec: &Exec,
+        shape: AttnShape,
+        masks: Masks<'_>,
+        saved: &AttnSaved<'_>,
+        sinks: &mut FewSinks,
+    ) -> KvGradient {
         let kv_len = saved.k.rows();
-        let tiles = self.blocks.iter().flat_map(|(first, dq)| mask.tiles(*first..first + dq.len(), kv_len));
+        let tiles =
+            self.blocks.iter().flat_map(|(first, dq)| masks.tiles.tiles(*first..first + dq.len(), kv_len));
         let mut sums = KvGradient::new(tiles, shape.head_dim);
         let rows = positions_per_block(shape.group()) * shape.group();
         let mut scratch = [Reused::new(rows * TILE), Reused::new(rows * TILE)];
         for (first, dq) in self.blocks {
-            let block = Block::new(exec, shape, mask, saved, self.kv_head, first, dq.len());
-            block.run(exec, saved, &mut scratch, &mut sums, dq);
+            let block = Block::new(exec, shape, masks, saved, self.kv_head, first, dq.len());
+            block.run(exec, saved, &mut scratch, &mut sums, sinks, dq);
         }
         sums
     }
@@ -155,6 +179,8 @@ struct Block<'a> {
     rows: usize,
     tiles: Vec<(usize, usize)>,
     visible: Vec<Visible>,
+    /// Of each position: how many of the few sinks the window has left.
+    few_sinks: Vec<usize>,
     q: Cow<'a, [f32]>,
     dout: Cow<'a, [f32]>,
     lse: Vec<f32>,
@@ -166,7 +192,7 @@ impl<'a> Block<'a> {
     fn new(
         exec: &Exec,
         shape: AttnShape,
-        mask: AttnMask<'_>,
+        masks: Masks<'_>,
         saved: &AttnSaved<'a>,
         kv_head: usize,
         first: usize,
@@ -190,12 +216,14 @@ impl<'a> Block<'a> {
         if let Some(dlse) = saved.dlse {
             delta.iter_mut().zip(of_rows(dlse)).for_each(|(delta, dlse)| *delta -= dlse);
         }
+        let few_sinks = |i| masks.few_sinks.map_or(0, |mask| mask.visible(i, kv_len).sinks.end);
         Self {
             shape,
             kv_head,
             rows: count * group,
-            tiles: mask.tiles(first..first + count, kv_len),
-            visible: (first..first + count).map(|i| mask.visible(i, kv_len)).collect(),
+            tiles: masks.tiles.tiles(first..first + count, kv_len),
+            visible: (first..first + count).map(|i| masks.tiles.visible(i, kv_len)).collect(),
+            few_sinks: (first..first + count).map(few_sinks).collect(),
             q: stacked(shape, saved.q, kv_head, first, count),
             dout,
             lse: of_rows(saved.lse).copied().collect(),
@@ -209,6 +237,7 @@ impl<'a> Block<'a> {
         saved: &AttnSaved<'_>,
         [weights, scores]: &mut [Reused; 2],
         sums: &mut KvGradient,
+        sinks: &mut FewSinks,
         dq: Vec<&mut [f32]>,
     ) {
         let AttnShape { head_dim, scale, .. } = self.shape;
@@ -233,10 +262,26 @@ impl<'a> Block<'a> {
             let dq = MatMut::dense(&mut dq_sum, rows, head_dim);
             mixed_gemm(exec, dq, ds, Trans::No, k, Trans::No, 1.0, Store::Accumulate);
         }
+        self.add_few_sinks(exec, sinks, &mut dq_sum);
         let width = self.shape.group() * head_dim;
         for (dq, sum) in dq.into_iter().zip(dq_sum.chunks_exact(width)) {
             dq.iter_mut().zip(sum).for_each(|(x, y)| *x += y);
         }
+    }
+
+    /// Adds what few sinks give to `dq` `[rows, head_dim]` and to their own gradients.
+    fn add_few_sinks(&self, exec: &Exec, sinks: &mut FewSinks, dq: &mut [f32]) {
+        let AttnShape { head_dim, scale, .. } = self.shape;
+        if self.few_sinks.last().is_none_or(|&few| few == 0) {
+            return;
+        }
+        dispatch!(exec.isa(), |s| {
+            let rows = self.q.chunks_exact(head_dim).zip(self.dout.chunks_exact(head_dim));
+            for (row, ((q, dout), dq)) in rows.zip(dq.chunks_exact_mut(head_dim)).enumerate() {
+                let seen = self.few_sinks[row / self.shape.group()];
+                sinks.add(s, scale, seen, [q, dout], [self.lse[row], self.delta[row]], dq);
+            }
+        });
     }
 
     /// Scores become weights `p`, gradients of weights become gradients of scores `scale · p · (dp − delta)`; unseen

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::AttnMask;
+use super::{AttnMask, sinks};
 
 /// Key rows per tile.
 pub(super) const TILE: usize = 128;
@@ -17,7 +17,9 @@ pub(super) fn positions_per_block(group: usize) -> usize {
 /// The visible keys of one query: two disjoint ranges of key rows, ordered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Visible {
+    /// Sinks that the window has left.
     pub(super) sinks: Range<usize>,
+    /// The window.
     pub(super) recent: Range<usize>,
 }
 
@@ -34,6 +36,16 @@ impl Visible {
 }
 
 impl AttnMask<'_> {
+    /// The mask without its sinks, and `true`, where [`sinks`] takes them because they are few; otherwise the mask as it is.
+    pub(super) fn without_few_sinks(self) -> (Self, bool) {
+        match self {
+            Self::Local { q_pos0, kv_pos, window, sinks: 1..=sinks::FEW } => {
+                (Self::Local { q_pos0, kv_pos, window, sinks: 0 }, true)
+            }
+            _ => (self, false),
+        }
+    }
+
     /// What query row `i` sees of `kv_len` keys.
     pub(super) fn visible(&self, i: usize, kv_len: usize) -> Visible {
         match *self {
@@ -41,9 +53,9 @@ impl AttnMask<'_> {
             AttnMask::Local { q_pos0, kv_pos, window, sinks } => {
                 let position = q_pos0 + i;
                 let end = kv_pos.partition_point(|&r| r <= position);
-                let sinks_end = kv_pos.partition_point(|&r| r < sinks).min(end);
-                let start = kv_pos.partition_point(|&r| r.saturating_add(window) <= position);
-                Visible { sinks: 0..sinks_end, recent: start.clamp(sinks_end, end)..end }
+                let start = kv_pos.partition_point(|&r| r.saturating_add(window) <= position).min(end);
+                let left = kv_pos.partition_point(|&r| r < sinks).min(start);
+                Visible { sinks: 0..left, recent: start..end }
             }
         }
     }

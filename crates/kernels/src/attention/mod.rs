@@ -4,6 +4,7 @@
 mod backward;
 mod forward;
 mod mask;
+mod sinks;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -11,7 +12,7 @@ mod window;
 
 pub use window::{WindowMean, WindowRows, window_step};
 
-use crate::{Exec, MatMut, MatRef};
+use crate::{Exec, MatMut, MatRef, Reused};
 
 /// Head counts and scale of an attention call. `q_heads` is a multiple of `kv_heads`; query head `h` reads KV head
 /// `h / (q_heads / kv_heads)`.
@@ -81,7 +82,7 @@ pub fn attention(
     q: MatRef<'_>,
     k: MatRef<'_>,
     v: MatRef<'_>,
-    out: MatMut<'_>,
+    mut out: MatMut<'_>,
     lse: Option<&mut [f32]>,
 ) {
     shape.check(mask, q, k, v);
@@ -89,8 +90,15 @@ pub fn attention(
     if let Some(lse) = &lse {
         assert_eq!(lse.len(), q.rows() * shape.q_heads, "attention: lse");
     }
-    if let Err((out, lse)) = stored::attention(exec, shape, mask, [q, k, v], out, lse) {
-        forward::attention(exec, shape, mask, [q, k, v], out, lse);
+    let (windows, few_sinks) = mask.without_few_sinks();
+    let mut own_lse = Reused::new(if few_sinks && lse.is_none() { q.rows() * shape.q_heads } else { 0 });
+    let mut lse = lse.or_else(|| few_sinks.then_some(&mut own_lse[..]));
+    let given = (out.reborrow(), lse.as_deref_mut());
+    if let Err((out, lse)) = stored::attention(exec, shape, windows, [q, k, v], given) {
+        forward::attention(exec, shape, windows, [q, k, v], out, lse);
+    }
+    if let Some(lse) = lse.filter(|_| few_sinks) {
+        sinks::add(exec, shape, mask, [q, k, v], out, lse);
     }
 }
 

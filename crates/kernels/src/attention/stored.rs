@@ -30,8 +30,7 @@ pub(super) fn attention<'o, 'l>(
     shape: AttnShape,
     mask: AttnMask<'_>,
     [q, k, v]: [MatRef<'_>; 3],
-    out: MatMut<'o>,
-    lse: Option<&'l mut [f32]>,
+    (out, lse): (MatMut<'o>, Option<&'l mut [f32]>),
 ) -> Result<(), (MatMut<'o>, Option<&'l mut [f32]>)> {
     let AttnShape { kv_heads, head_dim, scale, .. } = shape;
     let fits = exec.precision() == Precision::Bf16 && head_dim.is_multiple_of(2) && q.rows() > 0;

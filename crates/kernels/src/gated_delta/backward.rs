@@ -1,8 +1,8 @@
 //! Gradient of the chunked gated delta rule: states and state gradients at chunk borders, then every chunk alone.
 
 use super::{
-    Border, DeltaGrads, DeltaInputs, DeltaShape, Solver, chunk_borders, error, products, query_products,
-    scale_rows, solvers, weigh_heads, weigh_row,
+    Border, DeltaGrads, DeltaInputs, DeltaSaved, DeltaShape, Solver, error, rounded_products, scale_rows,
+    weigh_heads, weigh_row,
 };
 use crate::chunk::{CHUNK, add_suffix_sums, check_len, scale};
 use crate::gemm::split_gemm;
@@ -10,15 +10,15 @@ use crate::isa::dispatch;
 use crate::simd::{Simd, axpy, dot};
 use crate::{Exec, MatMut, MatRef, Reused, Store, Trans, mixed_gemm};
 
-/// Gradient of [`super::gated_delta`], as [`crate::ssd::ssd_backward`]. Chunked throughout; recomputes the states, and
-/// holds about seven matrices of chunk or state size per 64 tokens meanwhile.
+/// Gradient of [`super::gated_delta_train`], which left `saved`, as [`crate::ssd::ssd_backward`]. Chunked throughout. Products are in the context's
+/// precision, but those that carry the gradient of the state from chunk to chunk, which are as the forward pass's own.
 ///
 /// Panics when a length does not fit.
 pub fn gated_delta_backward(
     exec: &Exec,
     shape: DeltaShape,
     inputs: DeltaInputs<'_>,
-    initial_state: Option<&[f32]>,
+    saved: &DeltaSaved,
     dy: &[f32],
     d_final_state: Option<&[f32]>,
     grads: DeltaGrads<'_>,
@@ -32,20 +32,18 @@ pub fn gated_delta_backward(
     check_len("dv", grads.dv.len(), inputs.v.len());
     check_len("dlog_a", grads.dlog_a.len(), inputs.log_a.len());
     check_len("dbeta", grads.dbeta.len(), inputs.beta.len());
-    let or_zeros = |state: Option<&[f32]>, name| match state {
+    assert_eq!(saved.solvers.len(), shape.seq.div_ceil(CHUNK), "chunks of the forward pass");
+    let mut d_carry = match d_final_state {
         Some(state) => {
-            check_len(name, state.len(), state_len);
+            check_len("d_final_state", state.len(), state_len);
             state.to_vec()
         }
         None => vec![0.0; state_len],
     };
-    let mut carry = or_zeros(initial_state, "initial_state");
-    let mut d_carry = or_zeros(d_final_state, "d_final_state");
-    let solvers = solvers(exec, shape, inputs);
-    let borders = chunk_borders(exec, shape, inputs, &solvers, &mut carry);
-    let chunks: Vec<Chunk<'_>> = solvers
+    let chunks: Vec<Chunk<'_>> = saved
+        .solvers
         .iter()
-        .zip(&borders)
+        .zip(&saved.borders)
         .zip(dy.chunks(CHUNK * heads * head_dim))
         .enumerate()
         .map(|(chunk, ((solver, border), dy))| {
@@ -84,6 +82,8 @@ struct BorderGrads {
     /// Before the walk: what `y` adds to the gradient of the corrections. After it: the gradient of what the
     /// corrections solve for, `β (v − e^c S_0ᵀ k)`.
     target: Reused,
+    /// `e^{c_t−c_s} q_t·k_s` for `s ≤ t`, rows [`CHUNK`] apart.
+    scores: Reused,
 }
 
 /// One chunk's part of the backward pass.
@@ -95,8 +95,8 @@ struct Chunk<'a> {
     dy: &'a [f32],
 }
 
-/// `out = op(a) · op(b)` or `+=` with as many rows as queries, in the context's precision.
-fn query_product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
+/// `out = op(a) · op(b)` or `+=`, in the context's precision.
+fn product(exec: &Exec, out: MatMut<'_>, a: (MatRef<'_>, Trans), b: (MatRef<'_>, Trans), store: Store) {
     mixed_gemm(exec, out, a.0, a.1, b.0, b.1, 1.0, store);
 }
 
@@ -117,10 +117,10 @@ impl Chunk<'_> {
         let DeltaInputs { q, k, .. } = self.inputs;
         let rows = seq * heads;
         let mut scores = Reused::new(rows * CHUNK);
-        query_products(exec, rows, d_state, q, k, &mut scores);
+        rounded_products(exec, rows, d_state, q, k, &mut scores);
         dispatch!(exec.isa(), |s| weigh_heads(s, &self.solver.decay, heads, &mut scores));
         let mut target = Reused::new(seq * head_dim);
-        query_product(
+        product(
             exec,
             MatMut::dense(&mut target, seq, head_dim),
             (MatRef::new(&scores, rows, seq, CHUNK), Trans::Yes),
@@ -128,14 +128,14 @@ impl Chunk<'_> {
             Store::Overwrite,
         );
         let mut state = Reused::new(d_state * head_dim);
-        query_product(
+        product(
             exec,
             MatMut::dense(&mut state, d_state, head_dim),
             (MatRef::dense(q, rows, d_state), Trans::Yes),
             (MatRef::dense(&self.decayed(exec), rows, head_dim), Trans::No),
             Store::Overwrite,
         );
-        BorderGrads { state, target }
+        BorderGrads { state, target, scores }
     }
 
     /// Walks `d_carry` from the chunk's end to its start.
@@ -193,45 +193,41 @@ impl Chunk<'_> {
         let state = MatRef::dense(&self.border.state, d_state, head_dim);
         let mut sums = Sums { d_sums: [0.0; CHUNK], d_beta: [0.0; CHUNK] };
 
-        // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s. Decays get the differences of sums of these products, so they are not in bfloat16.
-        let mut scores = Reused::new(rows * CHUNK);
+        // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s
         let mut d_scores = Reused::new(rows * CHUNK);
-        products(exec, rows, d_state, q, k, &mut scores);
-        products(exec, rows, head_dim, self.dy, &self.border.corrections, &mut d_scores);
-        dispatch!(exec.isa(), |s| self.weigh_scores(s, &scores, &mut d_scores, &mut sums));
+        rounded_products(exec, rows, head_dim, self.dy, &self.border.corrections, &mut d_scores);
+        dispatch!(exec.isa(), |s| self.weigh_scores(s, &border.scores, &mut d_scores, &mut sums));
         let d_scores = MatRef::new(&d_scores, rows, seq, CHUNK);
         let queries = MatRef::dense(q, rows, d_state);
-        query_product(exec, MatMut::dense(dq, rows, d_state), (d_scores, no), (keys, no), add);
-        query_product(exec, MatMut::dense(dk, seq, d_state), (d_scores, yes), (queries, no), add);
+        product(exec, MatMut::dense(dq, rows, d_state), (d_scores, no), (keys, no), add);
+        product(exec, MatMut::dense(dk, seq, d_state), (d_scores, yes), (queries, no), add);
 
         // y_t += e^{c_t} S_0ᵀ q_t
         let decayed = self.decayed(exec);
         let mut reads = Reused::new(rows * d_state);
         let out = MatMut::dense(&mut reads, rows, d_state);
-        split_gemm(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), overwrite);
+        product(exec, out, (MatRef::dense(&decayed, rows, head_dim), no), (state, yes), overwrite);
 
         // T_ts = β_t e^{c_t−c_s} (k_t·k_s); its gradient is −(target gradient)·wᵀ.
-        let mut triangle = scores;
         let mut d_triangle = Reused::new(seq * CHUNK);
-        products(exec, seq, d_state, k, k, &mut triangle);
-        products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
-        dispatch!(exec.isa(), |s| self.weigh_triangle(s, &triangle, &mut d_triangle, &mut sums));
+        rounded_products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
+        dispatch!(exec.isa(), |s| self.weigh_triangle(s, &mut d_triangle, &mut sums));
         let d_triangle = MatRef::new(&d_triangle, seq, seq, CHUNK);
-        split_gemm(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), add);
-        split_gemm(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), add);
+        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), add);
+        product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, yes), (keys, no), add);
 
         // target_t = β_t (v_t − e^{c_t} S_0ᵀ k_t)
         let mut d_reads = Reused::new(seq * head_dim);
         dispatch!(exec.isa(), |s| self.target(s, border, dv, &mut d_reads, &mut sums));
         let out = MatMut::dense(dk, seq, d_state);
-        split_gemm(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), add);
+        product(exec, out, (MatRef::dense(&d_reads, seq, head_dim), no), (state, yes), add);
 
         // S_last = e^{c_last} S_0 + Σ_s e^{c_last−c_s} k_s w_sᵀ
         let mut writes = Reused::new(seq * d_state);
         let corrections = MatRef::dense(&self.border.corrections, seq, head_dim);
         let d_state_out = MatRef::dense(&border.state, d_state, head_dim);
         let out = MatMut::dense(&mut writes, seq, d_state);
-        split_gemm(exec, out, (corrections, no), (d_state_out, yes), overwrite);
+        product(exec, out, (corrections, no), (d_state_out, yes), overwrite);
         dispatch!(exec.isa(), |s| {
             axpy(s, 1.0, &reads, dq);
             let decay = &self.solver.decay;
@@ -264,9 +260,9 @@ impl Chunk<'_> {
             let pairs = scores[rows.clone()].chunks_exact(CHUNK).zip(d_scores[rows].chunks_exact_mut(CHUNK));
             for (scores, d_scores) in pairs {
                 for i in 0..CHUNK {
-                    d_scores[i] *= weights[i];
                     // Without the diagonal, which does not decay: its part of both sums would only cancel.
                     row_sums[i] += if i < t { d_scores[i] * scores[i] } else { 0.0 };
+                    d_scores[i] *= weights[i];
                 }
             }
             axpy(s, 1.0, &row_sums, &mut columns);
@@ -277,20 +273,20 @@ impl Chunk<'_> {
 
     /// Turns `d_triangle` (target gradient · w) into the gradient of k_t·k_s, zero from the diagonal on.
     #[inline(always)]
-    fn weigh_triangle<S: Simd>(&self, s: S, triangle: &[f32], d_triangle: &mut [f32], sums: &mut Sums) {
+    fn weigh_triangle<S: Simd>(&self, s: S, d_triangle: &mut [f32], sums: &mut Sums) {
         let mut columns = [0.0f32; CHUNK];
-        let rows = triangle.chunks_exact(CHUNK).zip(d_triangle.chunks_exact_mut(CHUNK));
+        let rows = self.solver.triangle.chunks_exact(CHUNK).zip(d_triangle.chunks_exact_mut(CHUNK));
         for (t, (triangle, d_triangle)) in rows.enumerate() {
             let beta = self.inputs.beta[t];
-            weigh_row(s, &self.solver.decay, t, d_triangle);
-            d_triangle[t] = 0.0;
             let mut row_sums = [0.0f32; CHUNK];
             for i in 0..CHUNK {
-                // Columns from the diagonal on are zero, or no tokens.
+                // Columns from the diagonal on become zero, or are no tokens.
                 row_sums[i] = if i < t { -d_triangle[i] * triangle[i] } else { 0.0 };
                 columns[i] = s.fma(beta, row_sums[i], columns[i]);
-                d_triangle[i] *= -beta;
             }
+            weigh_row(s, &self.solver.decay, t, d_triangle);
+            d_triangle[t] = 0.0;
+            scale(-beta, d_triangle);
             let row_sum = row_sums.iter().copied().map(f64::from).sum::<f64>();
             sums.d_beta[t] += row_sum as f32;
             sums.d_sums[t] += f64::from(beta) * row_sum;

@@ -100,11 +100,14 @@ impl Case {
         let mut all =
             [&self.q, &self.k, &self.v, &self.log_a, &self.beta, &self.state].map(|x| vec![start; x.len()]);
         let [dq, dk, dv, dlog_a, dbeta, d_state] = &mut all;
+        let mut state = if with_states { self.state.clone() } else { vec![0.0; self.state.len()] };
+        let mut y = vec![f32::NAN; self.dy.len()];
+        let saved = gated_delta_train(exec, self.shape, self.inputs(), &mut state, &mut y);
         gated_delta_backward(
             exec,
             self.shape,
             self.inputs(),
-            with_states.then_some(&self.state[..]),
+            &saved,
             &self.dy,
             with_states.then_some(&self.d_final[..]),
             DeltaGrads { dq, dk, dv, dlog_a, dbeta },

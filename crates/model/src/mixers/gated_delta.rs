@@ -2,9 +2,9 @@
 
 use super::{Ctx, Form, HeadDims, Qkv, Rates};
 use kernels::gated_delta as kernel;
-use kernels::gated_delta::{DeltaGrads, DeltaInputs, DeltaShape};
+use kernels::gated_delta::{DeltaGrads, DeltaInputs, DeltaSaved, DeltaShape};
 
-/// Overwrites `y`; advances `state`.
+/// Overwrites `y`; advances `state`. In training returns what [`backward`] reads.
 pub(super) fn forward(
     ctx: &Ctx<'_>,
     unit: &Qkv,
@@ -12,12 +12,14 @@ pub(super) fn forward(
     state: &mut [f32],
     form: Form,
     y: &mut [f32],
-) {
+) -> Option<DeltaSaved> {
     let inputs = inputs(unit, rates);
     match form {
+        Form::Training => return Some(kernel::gated_delta_train(ctx.exec, shape(ctx), inputs, state, y)),
         Form::Chunked => kernel::gated_delta(ctx.exec, shape(ctx), inputs, state, y),
         Form::Step => kernel::gated_delta_step(ctx.exec, shape(ctx), inputs, state, y),
     }
+    None
 }
 
 /// Adds to `d_unit` and `d_rates` (its `input`: of `beta`).
@@ -25,6 +27,7 @@ pub(super) fn backward(
     ctx: &Ctx<'_>,
     unit: &Qkv,
     rates: &Rates,
+    saved: &DeltaSaved,
     dy: &[f32],
     d_unit: &mut Qkv,
     d_rates: &mut Rates,
@@ -36,7 +39,7 @@ pub(super) fn backward(
         dlog_a: &mut d_rates.log_a,
         dbeta: &mut d_rates.input,
     };
-    kernel::gated_delta_backward(ctx.exec, shape(ctx), inputs(unit, rates), None, dy, None, grads, None);
+    kernel::gated_delta_backward(ctx.exec, shape(ctx), inputs(unit, rates), saved, dy, None, grads, None);
 }
 
 fn shape(ctx: &Ctx<'_>) -> DeltaShape {

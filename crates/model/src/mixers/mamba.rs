@@ -52,7 +52,9 @@ pub(super) fn forward(
     let mut y = Reused::new(ctx.seq * d_inner);
     let inputs = inputs(w, &active, &selection, &a);
     match form {
-        Form::Chunked => selective_scan(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y),
+        Form::Chunked | Form::Training => {
+            selective_scan(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y)
+        }
         Form::Step => selective_scan_step(ctx.exec, shape(ctx), inputs, &mut cache.state, &mut y),
     }
     let mut gated = Reused::new(y.len());

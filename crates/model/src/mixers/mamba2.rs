@@ -16,7 +16,7 @@ pub(super) fn forward(
     let b = input_scale(rates);
     let inputs = inputs(w, unit, rates, &b);
     match form {
-        Form::Chunked => ssd(ctx.exec, shape(ctx), inputs, state, y),
+        Form::Chunked | Form::Training => ssd(ctx.exec, shape(ctx), inputs, state, y),
         Form::Step => ssd_step(ctx.exec, shape(ctx), inputs, state, y),
     }
 }

@@ -311,7 +311,7 @@ pub fn forward_train<'a>(
     let qkv = raw.as_ref().map(|raw| raw.view(ctx.seq, env.layout.dims));
     let inputs = HeadInputs { qkv, recurrent: recurrent.view(ctx.seq) };
     let lse = local.as_ref().map(|local| ctx.per_head(local.attended().1));
-    let made = recur(&ctx, &weights, inputs, lse, &mut cache, Form::Chunked, &mut out);
+    let made = recur(&ctx, &weights, inputs, lse, &mut cache, Form::Training, &mut out);
     let recurrent = match (made, recurrent) {
         (Made::None, _) => RecurrentSaved::None,
         (Made::Mamba(scanned), RecurrentInputs::Mamba { u, z }) => {

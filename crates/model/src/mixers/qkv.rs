@@ -9,6 +9,7 @@ use super::{
 use crate::plan::RecurrentKind;
 use kernels::conv::{short_conv, short_conv_backward, short_conv_unit};
 use kernels::gate::{add_gated, add_gated_backward, blend_gated, blend_gated_backward};
+use kernels::gated_delta::DeltaSaved;
 use kernels::{MatMut, MatRef, Reused, elementwise};
 
 /// Which form of the recurrence runs.
@@ -16,6 +17,8 @@ use kernels::{MatMut, MatRef, Reused, elementwise};
 pub(super) enum Form {
     /// Any number of tokens.
     Chunked,
+    /// The same, keeping what the backward pass reads.
+    Training,
     /// One token.
     Step,
 }
@@ -59,6 +62,8 @@ pub(super) struct QkvSaved {
 pub(super) struct Recurred {
     rates: Rates,
     pub y: Reused,
+    /// What the delta rule was solved with, in training.
+    solved: Option<DeltaSaved>,
     /// The window's share `[T, G]`, where dropped tokens are weighed.
     keep: Option<Vec<f32>>,
 }
@@ -115,15 +120,15 @@ pub(super) fn recurrence(
     let mut log_a = dt.to_dense();
     log_a.iter_mut().for_each(|a| *a = -elementwise::softplus(*a));
     let mut rates = Rates { log_a, input: input.to_dense() };
-    let mut y = Reused::new(ctx.seq * layout.d_inner());
+    let (mut y, mut solved) = (Reused::new(ctx.seq * layout.d_inner()), None);
     match layout.spec.recurrent {
         RecurrentKind::GatedDelta => {
             rates.input.iter_mut().for_each(|b| *b = elementwise::sigmoid(*b));
-            gated_delta::forward(ctx, &unit, &rates, &mut cache.state, form, &mut y);
+            solved = gated_delta::forward(ctx, &unit, &rates, &mut cache.state, form, &mut y);
         }
         _ => mamba2::forward(ctx, w, &unit, &rates, &mut cache.state, form, &mut y),
     }
-    Recurred { rates, y, keep: None }
+    Recurred { rates, y, solved, keep: None }
 }
 
 /// From dense `dout` `[T, G·D]`: adds to `d_raw`, to `dx` through the rate and gate projections, and to `grads` (all but the q, k, v
@@ -139,7 +144,7 @@ pub(super) fn backward(
     mut dx: Option<MatMut<'_>>,
 ) -> Option<WindowGrads> {
     let layout = &ctx.env.layout;
-    let Recurred { rates, y, keep } = &saved.recurred;
+    let Recurred { rates, y, solved, keep } = &saved.recurred;
     let (mut dy, mut dz) = (Reused::new(dout.len()), Reused::new(dout.len()));
     let d_gain = grads.as_mut().map(|g| &mut *g.gain);
     let window_grads = match (&w.far, keep) {
@@ -173,7 +178,8 @@ pub(super) fn backward(
     let mut d_rates = Rates { log_a: vec![0.0; rates.log_a.len()], input: vec![0.0; rates.input.len()] };
     match layout.spec.recurrent {
         RecurrentKind::GatedDelta => {
-            gated_delta::backward(ctx, &mixed.unit, rates, &dy, &mut d_unit, &mut d_rates);
+            let solved = solved.as_ref().expect("saved by a forward pass of training");
+            gated_delta::backward(ctx, &mixed.unit, rates, solved, &dy, &mut d_unit, &mut d_rates);
             for (d, beta) in d_rates.input.iter_mut().zip(&rates.input) {
                 *d *= beta * (1.0 - beta);
             }

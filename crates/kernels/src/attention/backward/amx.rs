@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::super::mask::Visible;
+use super::super::sinks::FewSinks;
 use super::{Block, KvGradient};
 use crate::kv::lanes::Lanes;
 use crate::packed::amx::{Configured, Operands, Out, panels_into};
@@ -17,8 +18,6 @@ use crate::{Exec, IsaLevel, MatRef, Precision, Reused, Store, Trans};
 
 /// Keys of a unit: a row's view of one is a word of bits.
 const UNIT: usize = 64;
-/// Keys of the unit that holds the sinks alone, where they fit.
-const SINKS: usize = PAD;
 /// Floats of a register.
 const LANES: usize = 16;
 
@@ -30,21 +29,8 @@ pub(super) fn applies(exec: &Exec, head_dim: usize) -> bool {
         && head_dim.is_multiple_of(PAD)
 }
 
-/// Neighbouring keys that are multiplied together.
-#[derive(Clone, Copy, Debug)]
-struct Unit {
-    /// The first one's row.
-    first: usize,
-    /// Their number, zeros beyond the last row included.
-    keys: usize,
-    /// Keys of the units before.
-    before: usize,
-}
-
-/// One KV head's keys and values, rounded, unit after unit.
+/// One KV head's keys and values, rounded, unit after unit, zeros beyond the last row.
 pub(super) struct Keys {
-    /// Every key once, and then, where it pays, the sinks once more.
-    units: Vec<Unit>,
     /// Key rows.
     len: usize,
     head_dim: usize,
@@ -57,57 +43,47 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// Rounds `k` and `v` `[keys, head_dim]`; `sinks` is how many keys every query sees at the most besides its latest.
+    /// Rounds `k` and `v` `[keys, head_dim]`.
     ///
     /// # Panics
     /// On a CPU without bfloat16.
-    pub(super) fn new(exec: &Exec, k: MatRef<'_>, v: MatRef<'_>, sinks: usize) -> Self {
+    pub(super) fn new(exec: &Exec, k: MatRef<'_>, v: MatRef<'_>) -> Self {
         assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
         let (len, head_dim) = (k.rows(), k.cols());
-        let grid = (0..len).step_by(UNIT).map(|first| Unit { first, keys: UNIT, before: first });
-        let mut units: Vec<Unit> = grid.collect();
-        if (1..=SINKS).contains(&sinks) && units.len() > 1 {
-            units.push(Unit { first: 0, keys: SINKS, before: units.len() * UNIT });
-        }
-        let values = units.iter().map(|unit| unit.keys * head_dim).sum::<usize>();
-        let [mut keys, mut of_values, mut dims] =
-            std::array::from_fn(|_| Lines::zeroed(values * size_of::<u16>()));
-        for unit in &units {
-            let rows = unit.keys.min(len - unit.first);
-            let (k, v) = (k.rows_at(unit.first, rows), v.rows_at(unit.first, rows));
-            let part = unit.before * head_dim..(unit.before + unit.keys) * head_dim;
-            let whole = part.start..part.start + rows.next_multiple_of(PANEL) * head_dim;
+        let (unit, padded) = (UNIT * head_dim, len.next_multiple_of(UNIT) * head_dim);
+        let [mut keys, mut values, mut dims] =
+            std::array::from_fn(|_| Lines::zeroed(padded * size_of::<u16>()));
+        for first in (0..len).step_by(UNIT) {
+            let rows = UNIT.min(len - first);
+            let (k, v) = (k.rows_at(first, rows), v.rows_at(first, rows));
+            let at = first * head_dim;
+            let whole = at..at + rows.next_multiple_of(PANEL) * head_dim;
             // SAFETY: the CPU has bfloat16, checked above.
             unsafe {
                 bf16::panels(k, Trans::Yes, 0, &mut keys.as_mut_slice()[whole.clone()], head_dim * PANEL);
-                bf16::panels(v, Trans::Yes, 0, &mut of_values.as_mut_slice()[whole], head_dim * PANEL);
-                bf16::panels(k, Trans::No, 0, &mut dims.as_mut_slice()[part], unit.keys * PANEL);
+                bf16::panels(v, Trans::Yes, 0, &mut values.as_mut_slice()[whole], head_dim * PANEL);
+                bf16::panels(k, Trans::No, 0, &mut dims.as_mut_slice()[at..at + unit], UNIT * PANEL);
             }
         }
-        Self { units, len, head_dim, keys, values: of_values, dims }
+        Self { len, head_dim, keys, values, dims }
     }
 
     /// The units that hold every key that a block of queries sees, by index, in order.
     fn seen(&self, visible: &[Visible]) -> Vec<usize> {
         let (Some(first), Some(last)) = (visible.first(), visible.last()) else { return Vec::new() };
-        let grid = |keys: Range<usize>| {
+        let units = |keys: Range<usize>| {
             if keys.is_empty() { 0..0 } else { keys.start / UNIT..keys.end.div_ceil(UNIT) }
         };
         // Both ranges' ends grow with the query's position.
-        let recent = grid(first.recent.start..last.recent.end);
+        let recent = units(first.recent.start..last.recent.end);
         let apart = if recent.is_empty() { usize::MAX } else { recent.start * UNIT };
-        let sinks = 0..last.sinks.end.min(apart);
-        match self.units.last() {
-            Some(unit) if unit.keys == SINKS && !sinks.is_empty() => {
-                std::iter::once(self.units.len() - 1).chain(recent).collect()
-            }
-            _ => grid(sinks).chain(recent).collect(),
-        }
+        units(0..last.sinks.end.min(apart)).chain(recent).collect()
     }
 
     /// A unit's part of a form.
-    fn part<'a>(&self, form: &'a Lines, unit: Unit) -> &'a [u16] {
-        &form.as_slice::<u16>()[unit.before * self.head_dim..][..unit.keys * self.head_dim]
+    fn part<'a>(&self, form: &'a Lines, unit: usize) -> &'a [u16] {
+        let values = UNIT * self.head_dim;
+        &form.as_slice::<u16>()[unit * values..][..values]
     }
 }
 
@@ -149,34 +125,35 @@ fn room<T: crate::packed::buffer::Element>(lines: &mut Lines, count: usize) -> &
 
 /// Where a task's sums over keys have the columns of each unit that it uses.
 struct Columns {
-    /// Unit and first column.
-    of_units: Vec<(usize, usize)>,
+    /// The units, in order.
+    units: Vec<usize>,
     /// Values between two rows: an odd number of cache lines, so that rows do not share cache sets.
     span: usize,
 }
 
 impl Columns {
-    fn new(keys: &Keys, mut used: Vec<usize>) -> Self {
-        used.sort_unstable();
-        used.dedup();
-        let (mut of_units, mut span) = (Vec::with_capacity(used.len()), 0);
-        for unit in used {
-            of_units.push((unit, span));
-            span += keys.units[unit].keys;
-        }
-        Self { of_units, span: ((span / PANEL) | 1) * PANEL }
+    fn new(mut units: Vec<usize>) -> Self {
+        units.sort_unstable();
+        units.dedup();
+        let span = ((units.len() * UNIT / PANEL) | 1) * PANEL;
+        Self { units, span }
     }
 
+    /// A unit's first column.
     fn of(&self, unit: usize) -> usize {
-        let found = self.of_units.binary_search_by_key(&unit, |&(unit, _)| unit);
-        self.of_units[found.expect("a unit of the task")].1
+        self.units.binary_search(&unit).expect("a unit of the task") * UNIT
     }
 }
 
 /// Runs the query blocks of one task, `(block, its dq rows)`; returns the sums over keys.
-pub(super) fn run(keys: &Keys, blocks: Vec<(Block<'_>, Vec<&mut [f32]>)>) -> KvGradient {
+pub(super) fn run(
+    exec: &Exec,
+    keys: &Keys,
+    sinks: &mut FewSinks,
+    blocks: Vec<(Block<'_>, Vec<&mut [f32]>)>,
+) -> KvGradient {
     let seen: Vec<Vec<usize>> = blocks.iter().map(|(block, _)| keys.seen(&block.visible)).collect();
-    let columns = Columns::new(keys, seen.iter().flatten().copied().collect());
+    let columns = Columns::new(seen.iter().flatten().copied().collect());
     SCRATCH.with_borrow_mut(|scratch| {
         let values = keys.head_dim * columns.span;
         room::<f32>(&mut scratch.dk, values).fill(0.0);
@@ -185,6 +162,7 @@ pub(super) fn run(keys: &Keys, blocks: Vec<(Block<'_>, Vec<&mut [f32]>)>) -> KvG
         for ((block, dq), units) in blocks.into_iter().zip(seen) {
             // SAFETY: `applies` found the instruction set, AMX or in tests its model on AVX-512 with BF16.
             unsafe { block_backward(&configured, keys, &columns, &units, &block, scratch) };
+            block.add_few_sinks(exec, sinks, scratch.dq.as_mut_slice());
             let width = block.shape.group() * keys.head_dim;
             let sums = scratch.dq.as_slice::<f32>().chunks_exact(width);
             for (dq, sum) in dq.into_iter().zip(sums) {
@@ -237,8 +215,8 @@ unsafe fn block_backward(
     let dq = room::<f32>(dq, padded * head_dim);
     dq.fill(0.0);
     let (dk, dv) = (dk.as_mut_slice::<f32>(), dv.as_mut_slice::<f32>());
-    for &index in units {
-        let unit = keys.units[index];
+    let panels = UNIT / PANEL;
+    for &unit in units {
         let seen = |position: usize| seen_bits(&block.visible[position], unit);
         let positions = block.visible.len();
         let Some(first) = (0..positions).find(|&position| seen(position) != 0) else { continue };
@@ -249,8 +227,8 @@ unsafe fn block_backward(
         for position in first..=last {
             bits[position * group..(position + 1) * group].fill(seen(position));
         }
-        let (all, panels) = (high - low, unit.keys / PANEL);
-        let column = columns.of(index);
+        let all = high - low;
+        let column = columns.of(unit);
         // SAFETY: the caller's contract; outputs have room for whole tiles: rows `low..high` of `UNIT` or `head_dim` values, `head_dim` rows of
         // `span` values from the unit's column on.
         unsafe {
@@ -271,14 +249,7 @@ unsafe fn block_backward(
             product(&q_rows[low * head_dim..], head_dim, of_keys, k, at, UNIT, Store::Overwrite);
             let at = d_weights.as_mut_ptr().add(low * UNIT);
             product(&dout_rows[low * head_dim..], head_dim, of_keys, v, at, UNIT, Store::Overwrite);
-            weigh(
-                block,
-                panels,
-                low..high,
-                bits,
-                [scores, d_weights],
-                [weights_panels, d_scores_panels, d_scores],
-            );
+            weigh(block, low..high, bits, [scores, d_weights], [weights_panels, d_scores_panels, d_scores]);
             let of_dims = [head_dim, all, panels];
             let at = dv.as_mut_ptr().add(column);
             product(
@@ -293,19 +264,19 @@ unsafe fn block_backward(
             let at = dk.as_mut_ptr().add(column);
             product(&q_columns[low..], padded, of_dims, d_scores_panels, at, columns.span, Store::Accumulate);
             let (at, k) = (dq.as_mut_ptr().add(low * head_dim), keys.part(&keys.dims, unit));
-            let of_rows = [all, unit.keys, dims];
+            let of_rows = [all, UNIT, dims];
             product(&d_scores[low * UNIT..], UNIT, of_rows, k, at, head_dim, Store::Accumulate);
         }
     }
 }
 
 /// The keys of a unit that a query sees, one bit each.
-fn seen_bits(visible: &Visible, unit: Unit) -> u64 {
+fn seen_bits(visible: &Visible, unit: usize) -> u64 {
     let bits = |keys: Range<usize>| match keys.len() {
         0 => 0,
         len => (u64::MAX >> (UNIT - len)) << keys.start,
     };
-    let [sinks, recent] = visible.in_tile(unit.first, unit.keys);
+    let [sinks, recent] = visible.in_tile(unit * UNIT, UNIT);
     bits(sinks) | bits(recent)
 }
 
@@ -316,7 +287,6 @@ fn seen_bits(visible: &Visible, unit: Unit) -> u64 {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 unsafe fn weigh(
     block: &Block<'_>,
-    panels: usize,
     rows: Range<usize>,
     bits: &[u64],
     [scores, d_weights]: [&[f32]; 2],
@@ -324,10 +294,10 @@ unsafe fn weigh(
 ) {
     let scale = block.shape.scale;
     let (to_base_2, scale) = (_mm512_set1_ps(scale * std::f32::consts::LOG2_E), _mm512_set1_ps(scale));
-    let panel_values = rows.len() * PANEL;
+    let (panels, panel_values) = (UNIT / PANEL, rows.len() * PANEL);
     assert!(bits.len() >= rows.end && scores.len() >= rows.end * UNIT && d_weights.len() >= rows.end * UNIT);
     assert!(weights_panels.len() >= panels * panel_values && d_scores_panels.len() >= panels * panel_values);
-    assert!(d_scores.len() >= rows.end * UNIT && panels * LANES <= UNIT);
+    assert!(d_scores.len() >= rows.end * UNIT);
     // SAFETY: the caller's contract; every access is inside the lengths just checked.
     unsafe {
         let s = Avx512::new();
@@ -377,20 +347,14 @@ unsafe fn weigh(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 unsafe fn gradient(keys: &Keys, columns: &Columns, scratch: &Scratch) -> KvGradient {
     let head_dim = keys.head_dim;
-    let ranges: Vec<Range<usize>> = columns
-        .of_units
-        .iter()
-        .map(|&(unit, _)| {
-            let Unit { first, keys: count, .. } = keys.units[unit];
-            first..(first + count).min(keys.len)
-        })
-        .collect();
+    let ends = |&unit: &usize| unit * UNIT..((unit + 1) * UNIT).min(keys.len);
+    let ranges: Vec<Range<usize>> = columns.units.iter().map(ends).collect();
     let values = ranges.iter().map(Range::len).sum::<usize>() * head_dim;
     let (mut dk, mut dv) = (Reused::new(values), Reused::new(values));
     for (from, to) in [(&scratch.dk, &mut dk), (&scratch.dv, &mut dv)] {
         let from = from.as_slice::<f32>();
         let mut rows = &mut to[..];
-        for (range, &(_, column)) in ranges.iter().zip(&columns.of_units) {
+        for (range, column) in ranges.iter().zip((0..).step_by(UNIT)) {
             let (part, rest) = rows.split_at_mut(range.len() * head_dim);
             rows = rest;
             for (block, part) in part.chunks_mut(LANES * head_dim).enumerate() {
