@@ -14,6 +14,7 @@ pub mod linear;
 pub mod loss;
 pub mod mat;
 pub mod measure;
+pub mod mlp;
 pub mod naive;
 pub mod optim;
 pub mod packed;

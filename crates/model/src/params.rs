@@ -109,6 +109,11 @@ impl Slot {
         }
         &mut self.values
     }
+
+    fn target(&mut self) -> (&mut [f32], Store) {
+        let store = if std::mem::take(&mut self.stale) { Store::Overwrite } else { Store::Accumulate };
+        (&mut self.values, store)
+    }
 }
 
 impl Grads {
@@ -140,9 +145,16 @@ impl Grads {
     /// The gradient of `id` for one product that covers it, if it is trainable, and whether to add to it: the first one after
     /// [`clear`](Self::clear) overwrites.
     pub fn target(&mut self, id: ParamId) -> Option<(&mut [f32], Store)> {
-        let slot = self.slots.get_mut(id.0)?.as_mut()?;
-        let store = if std::mem::take(&mut slot.stale) { Store::Overwrite } else { Store::Accumulate };
-        Some((&mut slot.values, store))
+        Some(self.slots.get_mut(id.0)?.as_mut()?.target())
+    }
+    /// [`target`](Self::target) of several different ids at once.
+    ///
+    /// # Panics
+    /// When two ids are the same, or one is of another model.
+    pub fn targets<const N: usize>(&mut self, ids: [ParamId; N]) -> [Option<(&mut [f32], Store)>; N] {
+        let slots =
+            self.slots.get_disjoint_mut(ids.map(|id| id.0)).expect("gradients of different parameters");
+        slots.map(|slot| Some(slot.as_mut()?.target()))
     }
     /// All gradients become zero; their memory is written when somebody adds to them, or at [`settle`](Self::settle).
     pub fn clear(&mut self) {

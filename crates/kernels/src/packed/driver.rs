@@ -8,6 +8,8 @@ use std::cell::RefCell;
 use super::buffer::Lines;
 use super::kernel::{Route, TILE_VALUES, TileAt};
 use super::{Input, MATVEC_ROWS, PANEL, Packed};
+#[cfg(target_arch = "x86_64")]
+use super::{bf16, gated};
 use crate::isa::dispatch;
 use crate::simd::{self, Simd};
 use crate::{Exec, MatMut, Store};
@@ -64,6 +66,28 @@ pub fn matmul_swiglu(exec: &Exec, x: &Input, gate: &Packed, up: &Packed, out: Ma
     work.run(exec);
 }
 
+/// The product, or with `up` both, of a gated block of training: `finish` takes the tiles. Runs in one parallel region.
+///
+/// # Safety
+/// `finish` may write tiles of `x.rows()` rows and `weight.rows()` columns, which are a multiple of 32.
+///
+/// # Panics
+/// When shapes do not fit, or `x` was set for other weights.
+#[cfg(target_arch = "x86_64")]
+pub(super) unsafe fn matmul_gated(
+    exec: &Exec,
+    x: &Input,
+    weight: &Packed,
+    up: Option<&Packed>,
+    finish: gated::Finish,
+) {
+    let mut work = Work::new(exec, x);
+    let target = work.target(weight, up);
+    assert!(target.tile_rows == bf16::SPAN, "tiles of {} rows", target.tile_rows);
+    work.push(Target { gated: Some(finish), ..target });
+    work.run(exec);
+}
+
 /// One product with its output opened to several tasks, and how it is cut.
 #[derive(Clone, Copy)]
 struct Target<'a> {
@@ -74,6 +98,9 @@ struct Target<'a> {
     out: *mut f32,
     stride: usize,
     store: Store,
+    /// Takes the tiles instead.
+    #[cfg(target_arch = "x86_64")]
+    gated: Option<gated::Finish>,
     route: Route,
     up_route: Route,
     /// Rows and panels per kernel call.
@@ -114,9 +141,22 @@ impl<'a> Work<'a> {
         store: Store,
     ) {
         let (m, n) = (self.x.rows(), weight.rows());
-        assert_eq!(weight.cols(), self.x.cols(), "{weight:?} times {:?}", self.x);
         assert!(out.rows() == m && out.cols() == n, "out [{}, {}] of [{m}, {n}]", out.rows(), out.cols());
         assert!(bias.is_none_or(|bias| bias.len() == n), "one bias per output feature, {n}");
+        let target = self.target(weight, up);
+        let (stride, out) = (out.row_stride(), out.data_mut().as_mut_ptr());
+        self.push(Target { bias, out, stride, store, ..target });
+    }
+
+    fn push(&mut self, target: Target<'a>) {
+        self.targets[self.count] = Some(target);
+        self.count += 1;
+    }
+
+    /// A product that goes nowhere yet.
+    fn target(&self, weight: &'a Packed, up: Option<&'a Packed>) -> Target<'a> {
+        let (m, n) = (self.x.rows(), weight.rows());
+        assert_eq!(weight.cols(), self.x.cols(), "{weight:?} times {:?}", self.x);
         assert!(
             up.is_none_or(|up| up.rows() == n && up.cols() == weight.cols()),
             "gate and up have one shape"
@@ -125,13 +165,15 @@ impl<'a> Work<'a> {
         let route = Route::of(isa, weight.dtype(), m);
         let up_route = up.map_or(route, |up| Route::of(isa, up.dtype(), m));
         let (shape, up_shape) = (route.shape(isa), up_route.shape(isa));
-        self.targets[self.count] = Some(Target {
+        Target {
             weight,
             up,
-            bias,
-            out: out.data_mut().as_mut_ptr(),
-            stride: out.row_stride(),
-            store,
+            bias: None,
+            out: std::ptr::null_mut(),
+            stride: 0,
+            store: Store::Overwrite,
+            #[cfg(target_arch = "x86_64")]
+            gated: None,
             route,
             up_route,
             tile_rows: shape.0.min(up_shape.0),
@@ -140,8 +182,7 @@ impl<'a> Work<'a> {
             panels: weight.panels(),
             row_blocks: 1,
             tasks: 0,
-        });
-        self.count += 1;
+        }
     }
 
     fn run(mut self, exec: &Exec) {
@@ -251,6 +292,13 @@ impl Target<'_> {
                     if let Some(up) = self.up {
                         self.up_route.multiply(up_prepared, isa, x, up, up_scratch, at, &mut up_tile.0);
                     }
+                    #[cfg(target_arch = "x86_64")]
+                    if let Some(gated) = self.gated {
+                        // SAFETY: `matmul_gated`'s caller promised room for all tiles, and this task alone has this one. AMX, or its model in
+                        // tests, comes with AVX-512 and BF16.
+                        unsafe { gated.tile(at, &tile.0, &up_tile.0) };
+                        continue;
+                    }
                     dispatch!(isa, |s| self.finish(s, at, &tile.0, &up_tile.0));
                 }
             }
@@ -261,6 +309,10 @@ impl Target<'_> {
     fn plain(&self, at: TileAt) -> bool {
         let (first, end) = (at.panel * PANEL, (at.panel + at.panels) * PANEL);
         let no_bias = |bias: &[f32]| bias[first..end].iter().all(|&b| b == 0.0);
+        #[cfg(target_arch = "x86_64")]
+        if self.gated.is_some() {
+            return false;
+        }
         self.up.is_none() && end <= self.weight.rows() && self.bias.is_none_or(no_bias)
     }
 

@@ -160,6 +160,13 @@ impl Input {
         self.forms = Forms { f32: false, bf16: true, blocks: false };
         self.bf16.grow::<u16>((rows + ROW_PAD) * self.stride);
     }
+    /// [`set_bf16`](Self::set_bf16) that leaves the writing to the caller: the first of `rows` rows of padded `cols` values, and the values between
+    /// two. Values beyond `cols` are to be zeros.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn bf16_out(&mut self, exec: &Exec, rows: usize, cols: usize) -> (*mut u16, usize) {
+        self.reserve_bf16(exec, rows, cols);
+        (self.bf16.as_mut_slice().as_mut_ptr(), self.stride)
+    }
     /// Appends rows of zeros until there are `rows`, after [`set_bf16`](Self::set_bf16).
     pub(super) fn pad_bf16(&mut self, rows: usize) {
         if rows > self.rows {
@@ -264,7 +271,7 @@ impl Input {
 }
 
 /// Values between the starts of two rows: padded, and not a multiple of 1024, whose rows would share cache sets.
-fn row_stride(cols: usize) -> usize {
+pub(super) fn row_stride(cols: usize) -> usize {
     let stride = padded(cols);
     if stride > 0 && stride.is_multiple_of(1024) { stride + PAD } else { stride }
 }

@@ -16,6 +16,8 @@ mod dense_bf16;
 mod dense_f32;
 mod dense_lanes;
 mod driver;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod gated;
 mod input;
 mod kernel;
 mod product;
@@ -166,10 +168,8 @@ impl Packed {
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // Only x86 gets past the assertion.
     pub fn set_bf16(&mut self, exec: &Exec, b: MatRef<'_>, tb: Trans) {
         let (k, n) = tb.shape(b);
-        assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
-        let panel_bytes = dense::panel_bytes(Dtype::BF16, k).next_multiple_of(LINE);
-        self.data.grow::<u8>(panel_bytes * n.div_ceil(PANEL));
-        (self.dtype, self.rows, self.cols, self.panel_bytes) = (Dtype::BF16, n, k, panel_bytes);
+        self.reserve_bf16(exec, n, k);
+        let panel_bytes = self.panel_bytes;
         let used = panel_bytes / size_of::<u16>() * n.div_ceil(PANEL);
         #[cfg(target_arch = "x86_64")]
         if used > 0 {
@@ -183,6 +183,19 @@ impl Packed {
                 unsafe { bf16::panels(b, tb, task * together, out, stride) }
             });
         }
+    }
+    /// Becomes BF16 `[rows, cols]` of open contents.
+    fn reserve_bf16(&mut self, exec: &Exec, rows: usize, cols: usize) {
+        assert!(exec.isa().level() >= IsaLevel::Avx512Bf16, "{} has no bfloat16", exec.isa());
+        let panel_bytes = dense::panel_bytes(Dtype::BF16, cols).next_multiple_of(LINE);
+        self.data.grow::<u8>(panel_bytes * rows.div_ceil(PANEL));
+        (self.dtype, self.rows, self.cols, self.panel_bytes) = (Dtype::BF16, rows, cols, panel_bytes);
+    }
+    /// [`set_bf16`](Self::set_bf16) that leaves the writing to the caller: the first panel, and the values between two, `padded(cols) · 16` or more.
+    #[cfg(target_arch = "x86_64")]
+    fn bf16_out(&mut self, exec: &Exec, rows: usize, cols: usize) -> (*mut u16, usize) {
+        self.reserve_bf16(exec, rows, cols);
+        (self.data.as_mut_slice().as_mut_ptr(), self.panel_bytes / size_of::<u16>())
     }
     /// Output features.
     pub fn rows(&self) -> usize {

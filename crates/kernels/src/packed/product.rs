@@ -136,8 +136,15 @@ impl Shared {
         Some(self)
     }
 
+    /// The left side of linear layers.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn input(&self) -> &Input {
+        assert!(self.uses != Uses::WeightGrads, "rounded for weights' gradients only");
+        &self.rows
+    }
+
     /// The right side of weights' gradients.
-    fn panels(&self) -> &Packed {
+    pub(super) fn panels(&self) -> &Packed {
         assert!(self.uses != Uses::Linear, "rounded for linear layers only");
         &self.panels
     }

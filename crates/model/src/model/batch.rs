@@ -12,6 +12,7 @@ use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, attention};
 use kernels::elementwise::copy;
 use kernels::linear::{LayerWeight, RoundedWeight, linear, linear_backward};
+use kernels::mlp::MlpActivations;
 use kernels::packed::Uses;
 use kernels::{Exec, MatMut, MatRef, Store};
 
@@ -56,8 +57,7 @@ pub(super) struct LayerTape {
     pub out: Vec<f32>,
     /// Log denominators of kept groups, `[rows, kept · group_size]`.
     pub lse: Vec<f32>,
-    pub gate: Vec<f32>,
-    pub up: Vec<f32>,
+    pub mlp: MlpActivations,
     /// Of converted groups, all sequences of a group in a row.
     pub saved: Vec<HeadSaved>,
     /// Of gated layers: what `out` was mixed from.
@@ -141,7 +141,7 @@ impl Model {
                 continue;
             }
             self.attention_block(&pass, layer, &mut h, memory, &mut scratch, observer);
-            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.mlp);
             for (sequence, rows) in batch.ranges().enumerate() {
                 observer.residual(layer, sequence, rows_of(&h, rows, self.config.d_model));
             }

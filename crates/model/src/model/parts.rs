@@ -6,8 +6,9 @@ use super::layout::Run;
 use super::tokens::TokenBatch;
 use crate::params::ParamId;
 use kernels::attention::AttnShape;
-use kernels::elementwise::{add_bias, rms_norm, swiglu};
+use kernels::elementwise::{add_bias, rms_norm};
 use kernels::linear::{LayerInput, linear};
+use kernels::mlp::{self, MlpActivations, MlpWeights};
 use kernels::packed::{Shared, Uses};
 use kernels::rope::{RopeTable, Rotation, rope};
 use kernels::{Exec, MatMut, MatRef, Store};
@@ -217,44 +218,46 @@ impl Model {
         rms_norm(exec, x, self.params.data(weight), self.config.rms_eps, out);
     }
 
-    /// Adds the MLP block to `h` `[rows, d_model]`; leaves gate and up activations in `gate` and `up`.
+    /// Gate, up and down projections of a layer.
+    pub(super) fn mlp_weights(&self, layer: usize) -> MlpWeights<'_> {
+        let (ids, d_model, d_ff) = (&self.layout.layers[layer], self.config.d_model, self.config.d_ff);
+        MlpWeights {
+            gate: MatRef::dense(self.params.data(ids.gate), d_ff, d_model),
+            up: MatRef::dense(self.params.data(ids.up), d_ff, d_model),
+            down: MatRef::dense(self.params.data(ids.down), d_model, d_ff),
+        }
+    }
+
+    /// Adds the MLP block to `h` `[rows, d_model]`, and keeps what its backward pass reads.
     pub(super) fn mlp(
         &self,
         exec: &Exec,
         layer: usize,
         h: &mut [f32],
         scratch: &mut MlpScratch,
-        gate: &mut Vec<f32>,
-        up: &mut Vec<f32>,
+        activations: &mut MlpActivations,
     ) {
-        let (d_model, down) = (self.config.d_model, self.params.data(self.layout.layers[layer].down));
-        self.gate_and_up(exec, layer, h, scratch, gate, up);
-        let act = &mut scratch.act;
-        act.resize(gate.len(), 0.0);
-        swiglu(exec, gate, up, act);
-        linear_rows(exec, act, down, h, h.len() / d_model, d_model, Store::Accumulate);
+        let (d_model, weights) = (self.config.d_model, self.mlp_weights(layer));
+        let MlpScratch { x, rounded, buffers } = scratch;
+        self.norm(exec, h, self.layout.layers[layer].post_norm, x);
+        let x = several(exec, x, d_model, rounded, Uses::Linear);
+        let out = MatMut::dense(h, x.values.rows(), d_model);
+        mlp::mlp(exec, x, weights, activations, buffers, Some(out));
     }
 
-    /// The first half of [`mlp`](Self::mlp): norm of `h` into `scratch`, gate and up activations.
-    pub(super) fn gate_and_up(
+    /// Keeps what [`mlp`](Self::mlp) keeps; `h` stays as it is.
+    pub(super) fn mlp_again(
         &self,
         exec: &Exec,
         layer: usize,
         h: &[f32],
         scratch: &mut MlpScratch,
-        gate: &mut Vec<f32>,
-        up: &mut Vec<f32>,
+        activations: &mut MlpActivations,
     ) {
-        let ids = &self.layout.layers[layer];
-        let (rows, d_ff) = (h.len() / self.config.d_model, self.config.d_ff);
-        let MlpScratch { x, rounded, .. } = scratch;
-        self.norm(exec, h, ids.post_norm, x);
+        let MlpScratch { x, rounded, buffers } = scratch;
+        self.norm(exec, h, self.layout.layers[layer].post_norm, x);
         let x = several(exec, x, self.config.d_model, rounded, Uses::Linear);
-        for (id, out) in [(ids.gate, gate), (ids.up, up)] {
-            out.resize(rows * d_ff, 0.0);
-            let weight = MatRef::dense(self.params.data(id), d_ff, self.config.d_model);
-            linear(exec, x, weight, MatMut::dense(out, rows, d_ff), Store::Overwrite);
-        }
+        mlp::mlp(exec, x, self.mlp_weights(layer), activations, buffers, None);
     }
 
     /// Adds `out · W_Oᵀ` to `h`.
@@ -272,6 +275,5 @@ pub(super) struct MlpScratch {
     pub x: Vec<f32>,
     /// The same, rounded.
     pub rounded: Shared,
-    /// `silu(gate) · up`.
-    pub act: Vec<f32>,
+    pub buffers: mlp::MlpScratch,
 }

@@ -39,7 +39,7 @@ impl Model {
         for layer in 0..self.config.layers {
             self.attention_block(&pass, layer, &mut h, &mut memory, &mut scratch, observer);
             trace.mid.push(h.clone());
-            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.mlp);
         }
         self.norm(exec, &h, self.layout.norm, &mut trace.hidden);
         Ok(trace)
@@ -71,10 +71,10 @@ impl Model {
         mixed_gemm(exec, target, delta, Trans::No, out_proj, Trans::Yes, 1.0, Store::Accumulate);
         let pass = Forward { exec, batch, record: false, gates: None, edits: None };
         let (mut memory, mut scratch) = (LayerTape::default(), Scratch::default());
-        self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+        self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.mlp);
         for layer in layer + 1..self.config.layers {
             self.attention_block(&pass, layer, &mut h, &mut memory, &mut scratch, &mut NoObserver);
-            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+            self.mlp(exec, layer, &mut h, &mut scratch.mlp, &mut memory.mlp);
         }
         let mut hidden = Vec::new();
         self.norm(exec, &h, self.layout.norm, &mut hidden);

@@ -11,8 +11,9 @@ use super::tokens::{RoundedSequences, TokenBatch, rows_of};
 use crate::observe::{GradObserver, NoObserver};
 use crate::params::{Grads, ParamId};
 use kernels::attention::{AttnMask, AttnSaved, attention_backward};
-use kernels::elementwise::{add_column_sums, rms_norm_backward, swiglu, swiglu_backward};
+use kernels::elementwise::{add_column_sums, rms_norm_backward};
 use kernels::linear::{LayerInput, linear_backward};
+use kernels::mlp::{MlpGrads, MlpScratch, mlp_backward};
 use kernels::packed::{Shared, Uses};
 use kernels::rope::Rotation;
 use kernels::{Exec, MatMut, MatRef, Store};
@@ -43,10 +44,7 @@ struct Scratch {
     rounded: Shared,
     forms: RoundedSequences,
     dx: Vec<f32>,
-    act: Vec<f32>,
-    dact: Vec<f32>,
-    dgate: Vec<f32>,
-    dup: Vec<f32>,
+    mlp: MlpScratch,
     dout: Vec<f32>,
 }
 
@@ -63,6 +61,11 @@ struct Layer<'a> {
     n: usize,
     k: usize,
     x: Option<LayerInput<'a>>,
+}
+
+/// A gradient to write as a matrix.
+fn matrix(target: Option<(&mut [f32], Store)>, rows: usize, cols: usize) -> Option<(MatMut<'_>, Store)> {
+    target.map(|(values, store)| (MatMut::dense(values, rows, cols), store))
 }
 
 fn add(from: &[f32], to: &mut [f32]) {
@@ -139,7 +142,7 @@ impl Model {
         h.extend_from_slice(input);
         let pass = Forward { exec, batch, record: true, gates: None, edits: None };
         self.attention_block(&pass, layer, h, memory, scratch, &mut NoObserver);
-        self.gate_and_up(exec, layer, h, &mut scratch.mlp, &mut memory.gate, &mut memory.up);
+        self.mlp_again(exec, layer, h, &mut scratch.mlp, &mut memory.mlp);
     }
 
     /// Every parameter of a layer.
@@ -160,30 +163,24 @@ impl Model {
         scratch: &mut Scratch,
     ) {
         let Pass { exec, batch, memory, .. } = *pass;
-        let LayerTape { mid, gate, up, .. } = memory;
+        let LayerTape { mid, mlp, .. } = memory;
         let ids = &self.layout.layers[layer];
         let (rows, d_model, d_ff) = (batch.rows(), self.config.d_model, self.config.d_ff);
-        let Scratch { x, rounded, dx, act, dact, dgate, dup, .. } = scratch;
-        let act = grads.wants(ids.down).then(|| {
-            act.resize(rows * d_ff, 0.0);
-            swiglu(exec, gate, up, act);
-            MatRef::dense(act, rows, d_ff).into()
-        });
-        for buffer in [&mut *dact, &mut *dgate, &mut *dup] {
-            buffer.resize(rows * d_ff, 0.0);
-        }
-        let down = Layer { weight: ids.down, n: d_model, k: d_ff, x: act };
-        self.layer_backward(exec, down, dh, grads, dact, Store::Overwrite);
-        swiglu_backward(exec, gate, up, dact, dgate, dup);
+        let Scratch { x, rounded, dx, mlp: buffers, .. } = scratch;
         let trains = [ids.gate, ids.up].iter().any(|&id| grads.wants(id));
         let x = trains.then(|| {
             self.norm(exec, mid, ids.post_norm, x);
             several(exec, x, d_model, rounded, Uses::WeightGrads)
         });
         dx.resize(rows * d_model, 0.0);
-        let layer = |weight| Layer { weight, n: d_ff, k: d_model, x };
-        self.layer_backward(exec, layer(ids.gate), dgate, grads, dx, Store::Overwrite);
-        self.layer_backward(exec, layer(ids.up), dup, grads, dx, Store::Accumulate);
+        let [gate, up, down] = grads.targets([ids.gate, ids.up, ids.down]);
+        let wanted = MlpGrads {
+            gate: matrix(gate, d_ff, d_model),
+            up: matrix(up, d_ff, d_model),
+            down: matrix(down, d_model, d_ff),
+        };
+        let (dy, to) = (MatRef::dense(dh, rows, d_model), MatMut::dense(dx, rows, d_model));
+        mlp_backward(exec, x, self.mlp_weights(layer), mlp, dy, wanted, to, buffers);
         let norm = self.params.data(ids.post_norm);
         rms_norm_backward(exec, mid, norm, self.config.rms_eps, dx, dh, grads.get_mut(ids.post_norm));
     }
