@@ -147,9 +147,10 @@ pub fn short_conv_backward(
             }
         });
     });
-    // Per block `[d_conv, channels]` for the weight, then `[channels]` for the bias; summed in order.
+    // Per block `[d_conv, channels]` for the weight, then, where it is wanted, `[channels]` for the bias; summed in order.
+    let with_bias = dbias.is_some();
     let partial_sums = exec.parallel_map(seq.div_ceil(ROWS), |block| {
-        let mut sums = vec![0.0f32; (d_conv + 1) * channels];
+        let mut sums = vec![0.0f32; (d_conv + usize::from(with_bias)) * channels];
         dispatch!(exec.isa(), |s| {
             let (weight_sums, bias_sums) = sums.split_at_mut(d_conv * channels);
             for t in block * ROWS..seq.min((block + 1) * ROWS) {
@@ -159,7 +160,9 @@ pub fn short_conv_backward(
                         add_product(s, dout, &x[source * channels..(source + 1) * channels], sums);
                     }
                 }
-                axpy(s, 1.0, dout, bias_sums);
+                if with_bias {
+                    axpy(s, 1.0, dout, bias_sums);
+                }
             }
         });
         sums

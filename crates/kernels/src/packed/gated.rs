@@ -10,15 +10,14 @@ use std::cell::RefCell;
 use super::bf16::{SPAN, as_integers, interleaved, transpose};
 use super::buffer::Lines;
 use super::driver::matmul_gated;
-use super::input::row_stride;
 use super::kernel::TileAt;
 use super::product::Shared;
-use super::{Input, PAD, PANEL, Packed, Product, matmul};
+use super::{Input, PANEL, Packed, Product, matmul};
 use crate::kv::lanes::Lanes;
 use crate::simd::Avx512;
 use crate::{Exec, IsaLevel, MatMut, MatRef, Store, Trans};
 
-/// What the backward pass reads: gate and up activations `[rows, width]`, rounded.
+/// What the backward pass reads: gate and up activations `[rows, width]`, rounded, in the order in which tiles are finished.
 #[derive(Default)]
 pub(crate) struct Activations {
     rows: usize,
@@ -27,7 +26,7 @@ pub(crate) struct Activations {
     up: Lines,
 }
 
-/// Pointers into matrices of which every tile has its own part.
+/// A matrix of which every tile has its own part.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
     first: *mut u16,
@@ -38,21 +37,41 @@ impl Rows {
     const NONE: Self = Self { first: std::ptr::null_mut(), stride: 0 };
 }
 
+/// A matrix in blocks of [`SPAN`] by [`SPAN`] values, one below the other, column after column of blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks {
+    first: *mut u16,
+    /// Blocks of a column.
+    rows: usize,
+}
+
+impl Blocks {
+    /// The block of a tile.
+    ///
+    /// # Safety
+    /// The matrix has it.
+    unsafe fn of(self, at: TileAt) -> *mut u16 {
+        let block = at.panel / PANELS * self.rows + at.row / SPAN;
+        // SAFETY: the caller's contract.
+        unsafe { self.first.add(block * SPAN * SPAN) }
+    }
+}
+
 /// Where finished tiles go.
 #[derive(Clone, Copy)]
 pub(super) enum Finish {
     /// Tiles of gate and up.
     Forward {
         /// Both, `[rows, width]`.
-        gate: Rows,
-        up: Rows,
+        gate: Blocks,
+        up: Blocks,
         /// `silu(gate) ⊙ up`, likewise, where it is wanted.
         act: Rows,
     },
     /// Tiles of the gradient of `silu(gate) ⊙ up`.
     Backward {
-        gate: Rows,
-        up: Rows,
+        gate: Blocks,
+        up: Blocks,
         /// Gradients, `[rows, width]` and, where they are wanted, transposed.
         d_gate: [Rows; 2],
         d_up: [Rows; 2],
@@ -60,6 +79,9 @@ pub(super) enum Finish {
         act: Rows,
     },
 }
+
+/// Panels of a tile.
+const PANELS: usize = SPAN / PANEL;
 
 /// Operands on their way; memory only grows.
 struct Operands {
@@ -81,7 +103,7 @@ thread_local! {
 /// Whether [`forward`] and [`backward`] can take these sizes on this instruction set, and pay.
 pub(crate) fn pays(exec: &Exec, rows: usize, d_model: usize, width: usize) -> bool {
     exec.isa().level() >= IsaLevel::Amx
-        && width.is_multiple_of(PAD)
+        && width.is_multiple_of(SPAN)
         && super::pays(exec, rows, width, d_model)
         && super::pays(exec, width, d_model, rows)
 }
@@ -100,18 +122,18 @@ pub(crate) fn forward(
     let (rows, width) = (x.input().rows(), gate.rows());
     assert!(pays(exec, rows, gate.cols(), width), "[{rows}, {}] times {width}", gate.cols());
     assert!(up.rows() == width && up.cols() == gate.cols(), "gate and up have one shape");
-    let stride = row_stride(width);
     (saved.rows, saved.width) = (rows, width);
+    let blocks = rows.div_ceil(SPAN);
     OPERANDS.with_borrow_mut(|Operands { weights, rows: [act, ..], .. }| {
         weights[0].set_bf16(exec, gate, Trans::Yes);
         weights[1].set_bf16(exec, up, Trans::Yes);
         let [gate_out, up_out] = [&mut saved.gate, &mut saved.up].map(|lines| {
-            lines.grow::<u16>(rows * stride);
-            Rows { first: lines.as_mut_slice().as_mut_ptr(), stride }
+            lines.grow::<u16>(blocks * SPAN * width);
+            Blocks { first: lines.as_mut_slice().as_mut_ptr(), rows: blocks }
         });
         let act_out = if down.is_some() { rows_of(act, exec, rows, width) } else { Rows::NONE };
         let finish = Finish::Forward { gate: gate_out, up: up_out, act: act_out };
-        // SAFETY: all three have `rows` rows of `width` values.
+        // SAFETY: all three have `rows` rows of `width` values, gate and up in whole blocks.
         unsafe { matmul_gated(exec, x.input(), &weights[0], Some(&weights[1]), finish) };
         if let Some((down, out)) = down {
             weights[0].set_bf16(exec, down, Trans::Yes);
@@ -146,7 +168,6 @@ pub(crate) fn backward(
         dy.rows() == rows && down.cols() == width && down.rows() == dy.cols(),
         "gradient of a gated block"
     );
-    let stride = row_stride(width);
     OPERANDS.with_borrow_mut(|Operands { weights: [weight, _], rows: forms, columns, act }| {
         let [dy_rows, d_gate, d_up] = forms;
         let [dy_columns, d_gate_columns, d_up_columns] = columns;
@@ -159,7 +180,10 @@ pub(crate) fn backward(
             let columns = if wanted { rows_of(columns_form, exec, width, rows) } else { Rows::NONE };
             [rows_of(rows_form, exec, rows, width), columns]
         };
-        let read = |lines: &Lines| Rows { first: lines.as_slice::<u16>().as_ptr().cast_mut(), stride };
+        let read = |lines: &Lines| Blocks {
+            first: lines.as_slice::<u16>().as_ptr().cast_mut(),
+            rows: rows.div_ceil(SPAN),
+        };
         let finish = Finish::Backward {
             gate: read(&saved.gate),
             up: read(&saved.up),
@@ -173,7 +197,7 @@ pub(crate) fn backward(
                 None => Rows::NONE,
             },
         };
-        // SAFETY: gate and up are only read, and have `rows` rows of `width` values; the others have just been given that room, transposed ones
+        // SAFETY: gate and up are only read, and have `rows` rows of `width` values in whole blocks; the others have just been given that room, transposed ones
         // `width` rows of `rows` values, padded.
         unsafe { matmul_gated(exec, dy_rows, weight, None, finish) };
         if let Some((out, store)) = down_grad {
@@ -200,137 +224,128 @@ fn rows_of(input: &mut Input, exec: &Exec, rows: usize, cols: usize) -> Rows {
 }
 
 impl Finish {
-    /// Finishes the tile `at`, whose values are `[rows][panels][16]`.
+    /// Finishes the tile `at` of two panels, whose values are `[rows][panels][16]`.
     ///
     /// # Safety
-    /// The CPU has AVX-512 with BF16. The matrices have the tile's rows and columns, transposed ones whole spans of 32 rows, and nobody else uses
-    /// that part of what is written.
+    /// The CPU has AVX-512 with BF16. The matrices have the tile's rows and columns, transposed ones and blocks whole spans of 32 rows, and nobody
+    /// else uses that part of what is written.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
     pub(super) unsafe fn tile(self, at: TileAt, tile: &[f32], up_tile: &[f32]) {
-        assert!(at.rows <= SPAN && tile.len() >= at.rows * at.panels * PANEL);
-        for panel in 0..at.panels {
-            // SAFETY: the caller's contract.
-            unsafe {
-                match self {
-                    Self::Forward { gate, up, act } => {
-                        assert!(up_tile.len() >= at.rows * at.panels * PANEL);
-                        forward_panel(at, panel, [tile, up_tile], [gate, up, act]);
-                    }
-                    Self::Backward { gate, up, d_gate, d_up, act } => {
-                        backward_panel(at, panel, tile, [gate, up], [d_gate, d_up], act);
-                    }
+        let values = at.rows * SPAN;
+        assert!(at.panels == PANELS && at.rows <= SPAN && tile.len() >= values);
+        // SAFETY: the caller's contract.
+        unsafe {
+            match self {
+                Self::Forward { gate, up, act } => {
+                    assert!(up_tile.len() >= values);
+                    forward_tile(at, [tile, up_tile], [gate, up], act);
+                }
+                Self::Backward { gate, up, d_gate, d_up, act } => {
+                    backward_tile(at, tile, [gate, up], [d_gate, d_up], act);
                 }
             }
         }
     }
 }
 
-/// One panel's 16 columns.
-///
 /// # Safety
 /// As [`Finish::tile`], which checked the tiles' lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-unsafe fn forward_panel(at: TileAt, panel: usize, tiles: [&[f32]; 2], [gate, up, act]: [Rows; 3]) {
-    let column = (at.panel + panel) * PANEL;
-    for row in 0..at.rows {
-        // SAFETY: 16 values of the tile's row, and of the same row and columns of the matrices.
-        unsafe {
+unsafe fn forward_tile(at: TileAt, tiles: [&[f32]; 2], blocks: [Blocks; 2], act: Rows) {
+    // SAFETY: rows of the tile, and the same ones of the matrices.
+    unsafe {
+        let [gate, up] = blocks.map(|matrix| matrix.of(at));
+        for row in 0..at.rows {
             let [g, u] =
-                tiles.map(|tile| _mm512_loadu_ps(tile.as_ptr().add((row * at.panels + panel) * PANEL)));
-            let store = |to: Rows, values: __m512| {
-                let to = to.first.add((at.row + row) * to.stride + column);
-                _mm256_storeu_si256(
-                    to.cast(),
-                    std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(values)),
-                );
-            };
-            store(gate, g);
-            store(up, u);
+                tiles.map(|tile| [0, PANEL].map(|i| _mm512_loadu_ps(tile.as_ptr().add(row * SPAN + i))));
+            store(gate.add(row * SPAN), g);
+            store(up.add(row * SPAN), u);
             if !act.first.is_null() {
-                store(act, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), u));
+                let silu = |i: usize| _mm512_mul_ps(_mm512_mul_ps(g[i], sigmoid(g[i])), u[i]);
+                store(act.first.add((at.row + row) * act.stride + at.panel * PANEL), [silu(0), silu(1)]);
             }
         }
     }
 }
 
-/// One panel's 16 columns: rows beyond the last one are zeros where forms are transposed.
+/// Rows beyond the last one are zeros where forms are transposed.
 ///
 /// # Safety
 /// As [`Finish::tile`], which checked the tile's length.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-unsafe fn backward_panel(
-    at: TileAt,
-    panel: usize,
-    tile: &[f32],
-    [gate, up]: [Rows; 2],
-    gradients: [[Rows; 2]; 2],
-    act: Rows,
-) {
-    let column = (at.panel + panel) * PANEL;
+unsafe fn backward_tile(at: TileAt, tile: &[f32], blocks: [Blocks; 2], gradients: [[Rows; 2]; 2], act: Rows) {
     let zero = _mm512_setzero_si512();
-    let mut pairs = [[zero; PANEL]; 2];
     let one = _mm512_set1_ps(1.0);
-    for pair in 0..PANEL {
-        let mut values = [[_mm512_setzero_ps(); 2]; 3];
-        for half in 0..2 {
-            let row = 2 * pair + half;
-            if row >= at.rows {
-                continue;
+    // Of gate and up, of both panels: pairs of rows.
+    let mut pairs = [[[zero; PANEL]; PANELS]; 2];
+    // SAFETY: rows of the tile, the same ones of the matrices, and spans of 32 rows of those that are transposed.
+    unsafe {
+        let [gate, up] = blocks.map(|matrix| matrix.of(at).cast_const());
+        for pair in 0..SPAN / 2 {
+            // Gradients of gate and up, and `silu(gate) ⊙ up`; of both rows, of both panels.
+            let mut values = [[[_mm512_setzero_ps(); PANELS]; 2]; 3];
+            for half in 0..2 {
+                let row = 2 * pair + half;
+                if row >= at.rows {
+                    continue;
+                }
+                for panel in 0..PANELS {
+                    let (place, read) = (row * SPAN + panel * PANEL, |from: *const u16| {
+                        let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+                    });
+                    let d = _mm512_loadu_ps(tile.as_ptr().add(place));
+                    let (g, u) = (read(gate.add(place)), read(up.add(place)));
+                    let sigmoid = sigmoid(g);
+                    let silu = _mm512_mul_ps(g, sigmoid);
+                    let slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
+                    values[0][half][panel] = _mm512_mul_ps(_mm512_mul_ps(d, u), slope);
+                    values[1][half][panel] = _mm512_mul_ps(d, silu);
+                    values[2][half][panel] = _mm512_mul_ps(silu, u);
+                }
+                for i in 0..2 {
+                    let to = gradients[i][0];
+                    store(to.first.add((at.row + row) * to.stride + at.panel * PANEL), values[i][half]);
+                }
             }
-            // SAFETY: 16 values of the tile's row, and of the same row and columns of the matrices.
-            let (d, g, u) = unsafe {
-                let read = |from: Rows| {
-                    let from = from.first.add((at.row + row) * from.stride + column);
-                    let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            for panel in 0..PANELS {
+                let of_rows = |i: usize| {
+                    let both = _mm512_cvtne2ps_pbh(values[i][1][panel], values[i][0][panel]);
+                    interleaved(as_integers(both))
                 };
-                let d = _mm512_loadu_ps(tile.as_ptr().add((row * at.panels + panel) * PANEL));
-                (d, read(gate), read(up))
-            };
-            let sigmoid = sigmoid(g);
-            let silu = _mm512_mul_ps(g, sigmoid);
-            let slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
-            values[0][half] = _mm512_mul_ps(_mm512_mul_ps(d, u), slope);
-            values[1][half] = _mm512_mul_ps(d, silu);
-            values[2][half] = _mm512_mul_ps(silu, u);
+                pairs[0][panel][pair] = of_rows(0);
+                pairs[1][panel][pair] = of_rows(1);
+                if !act.first.is_null() {
+                    let to = act.first.add((at.panel + panel) * act.stride + (at.row / 2 + pair) * SPAN);
+                    _mm512_storeu_si512(to.cast(), of_rows(2));
+                }
+            }
         }
         for i in 0..2 {
-            let both = as_integers(_mm512_cvtne2ps_pbh(values[i][1], values[i][0]));
-            pairs[i][pair] = interleaved(both);
-            let to = gradients[i][0];
-            // SAFETY: 16 values each of one or two of the tile's rows.
-            unsafe {
-                let first = to.first.add((at.row + 2 * pair) * to.stride + column);
-                if 2 * pair < at.rows {
-                    _mm256_storeu_si256(first.cast(), _mm512_castsi512_si256(both));
-                }
-                if 2 * pair + 1 < at.rows {
-                    _mm256_storeu_si256(first.add(to.stride).cast(), _mm512_extracti64x4_epi64::<1>(both));
+            let to = gradients[i][1];
+            if to.first.is_null() {
+                continue;
+            }
+            for panel in 0..PANELS {
+                let columns = transpose(pairs[i][panel]);
+                for c in 0..PANEL {
+                    let column = (at.panel + panel) * PANEL + c;
+                    _mm512_storeu_si512(to.first.add(column * to.stride + at.row).cast(), columns[c]);
                 }
             }
         }
-        if !act.first.is_null() {
-            let both = interleaved(as_integers(_mm512_cvtne2ps_pbh(values[2][1], values[2][0])));
-            // SAFETY: a pair of rows, padded to 32, of a panel.
-            unsafe {
-                let to = act.first.add((at.panel + panel) * act.stride + (at.row / 2 + pair) * SPAN);
-                _mm512_storeu_si512(to.cast(), both);
-            }
-        }
     }
-    for i in 0..2 {
-        let to = gradients[i][1];
-        if to.first.is_null() {
-            continue;
-        }
-        let columns = transpose(pairs[i]);
-        for c in 0..PANEL {
-            // SAFETY: 32 values, padding included, of a row of the transposed matrix.
-            unsafe {
-                _mm512_storeu_si512(to.first.add((column + c) * to.stride + at.row).cast(), columns[c])
-            };
-        }
-    }
+}
+
+/// Rounds the values of both panels to a row of 32.
+///
+/// # Safety
+/// 32 values are writable.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+#[inline]
+unsafe fn store(to: *mut u16, [first, second]: [__m512; 2]) {
+    // SAFETY: the caller's contract.
+    unsafe { _mm512_storeu_si512(to.cast(), as_integers(_mm512_cvtne2ps_pbh(second, first))) };
 }
 
 /// Logistic function.
@@ -342,5 +357,8 @@ fn sigmoid(x: __m512) -> __m512 {
     let to_base_2 = _mm512_mul_ps(x, _mm512_set1_ps(-std::f32::consts::LOG2_E));
     // The second operand is what a comparison with NaN gives. SAFETY: AVX-512 is among this function's features.
     let exp = unsafe { Avx512::new().exp2(_mm512_min_ps(_mm512_set1_ps(LARGEST), to_base_2)) };
-    _mm512_div_ps(_mm512_set1_ps(1.0), _mm512_add_ps(_mm512_set1_ps(1.0), exp))
+    // Two thirds of the bits, doubled by a step of Newton's: faster than a division.
+    let (sum, two) = (_mm512_add_ps(_mm512_set1_ps(1.0), exp), _mm512_set1_ps(2.0));
+    let inverse = _mm512_rcp14_ps(sum);
+    _mm512_mul_ps(inverse, _mm512_fnmadd_ps(sum, inverse, two))
 }
