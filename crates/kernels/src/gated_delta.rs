@@ -189,7 +189,9 @@ fn solvers(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>) -> Vec<Solve
     exec.parallel_map(shape.seq.div_ceil(CHUNK), |chunk| {
         let (shape, inputs) = inputs.chunk(shape, chunk);
         let mut triangle = Reused::new(shape.seq * CHUNK);
-        products(&exec.single(), shape.seq, shape.d_state, inputs.k, inputs.k, &mut triangle);
+        let keys = MatRef::dense(inputs.k, shape.seq, shape.d_state);
+        let out = MatMut::new(&mut triangle, shape.seq, shape.seq, CHUNK);
+        split_gemm(&exec.single(), out, (keys, Trans::No), (keys, Trans::Yes), Store::Overwrite);
         dispatch!(exec.isa(), |s| {
             let decay = Decay::new(s, inputs.log_a, 1);
             for (t, row) in triangle.chunks_exact_mut(CHUNK).enumerate() {
@@ -200,16 +202,8 @@ fn solvers(exec: &Exec, shape: DeltaShape, inputs: DeltaInputs<'_>) -> Vec<Solve
     })
 }
 
-/// `out[i, j] = a_i · b_j` for `rows` rows `a` and as many rows `b` as there are, rows of `out` [`CHUNK`] apart.
+/// `out[i, j] = a_i · b_j` for `rows` rows `a` and as many rows `b` as there are, rows of `out` [`CHUNK`] apart; in the context's precision.
 fn products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
-    let columns = b.len() / width;
-    let (a, b) = (MatRef::dense(a, rows, width), MatRef::dense(b, columns, width));
-    let out = MatMut::new(out, rows, columns, CHUNK);
-    split_gemm(exec, out, (a, Trans::No), (b, Trans::Yes), Store::Overwrite);
-}
-
-/// [`products`] in the context's precision.
-fn rounded_products(exec: &Exec, rows: usize, width: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
     let columns = b.len() / width;
     let (a, b) = (MatRef::dense(a, rows, width), MatRef::dense(b, columns, width));
     let out = MatMut::new(out, rows, columns, CHUNK);
@@ -330,7 +324,7 @@ fn chunk_output(
         }
     });
     let mut scores = Reused::new(rows * CHUNK);
-    rounded_products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
+    products(exec, rows, d_state, inputs.q, inputs.k, &mut scores);
     dispatch!(exec.isa(), |s| weigh_heads(s, &solver.decay, heads, &mut scores));
     mixed_gemm(
         exec,

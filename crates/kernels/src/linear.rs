@@ -130,18 +130,14 @@ pub fn linear_backward<'w>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::IsaLevel;
     use crate::naive::gemm::gemm as naive;
     use crate::packed::Uses;
-    use crate::testing::{assert_close, execs, execs_and_modelled_amx, noise, to_f64};
+    use crate::testing::{assert_close, execs_of_both_precisions, noise, to_f64};
 
     /// Every context in f32, and those that can in bfloat16, with the error that a sum of products may have, times the root of their number.
     /// Rounding two factors to bfloat16 costs a product 8e-4 in the mean of squares; the largest of thousands of sums is 4 to 5 times that.
     fn contexts() -> Vec<(Exec, f64)> {
-        let rounding =
-            execs_and_modelled_amx().into_iter().filter(|exec| exec.isa().level() >= IsaLevel::Avx512Bf16);
-        let rounding = rounding.map(|exec| (exec.with_precision(Precision::Bf16).unwrap(), 4e-3));
-        execs().into_iter().map(|exec| (exec, 1e-6)).chain(rounding).collect()
+        execs_of_both_precisions(1e-6, 4e-3)
     }
 
     #[test]

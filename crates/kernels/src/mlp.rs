@@ -160,15 +160,12 @@ mod tests {
     use super::*;
     use crate::naive;
     use crate::packed::{Shared, Uses};
-    use crate::testing::{assert_close, execs, execs_and_modelled_amx, noise, to_f64};
-    use crate::{IsaLevel, Precision, Trans};
+    use crate::testing::{assert_close, execs_of_both_precisions, noise, to_f64};
+    use crate::{IsaLevel, Trans};
 
     /// Relative to the largest: sums of up to a few hundred products in f32, and of factors rounded to bfloat16 two or three times over.
     fn contexts() -> Vec<(Exec, f64)> {
-        let rounding =
-            execs_and_modelled_amx().into_iter().filter(|exec| exec.isa().level() >= IsaLevel::Avx512Bf16);
-        let rounding = rounding.map(|exec| (exec.with_precision(Precision::Bf16).unwrap(), 2e-2));
-        execs().into_iter().map(|exec| (exec, 2e-5)).chain(rounding).collect()
+        execs_of_both_precisions(2e-5, 2e-2)
     }
 
     struct Case {

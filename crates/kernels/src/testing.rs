@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{Exec, Isa};
+use crate::{Exec, Isa, IsaLevel, Precision};
 
 /// Every instruction set of this CPU, with one thread and with two.
 pub(crate) fn execs() -> Vec<Exec> {
@@ -16,6 +16,18 @@ pub(crate) fn execs_and_modelled_amx() -> Vec<Exec> {
     let modelled = Isa::modelled_amx().filter(|amx| !Isa::available().contains(amx));
     let modelled = modelled.into_iter().flat_map(|isa| [1, 2].map(|n| Exec::with_isa(n, isa).unwrap()));
     execs().into_iter().chain(modelled).collect()
+}
+
+/// Those of [`execs_and_modelled_amx`] that can multiply in bfloat16, doing so.
+pub(crate) fn rounding_execs() -> Vec<Exec> {
+    let can = execs_and_modelled_amx().into_iter().filter(|exec| exec.isa().level() >= IsaLevel::Avx512Bf16);
+    can.map(|exec| exec.with_precision(Precision::Bf16).unwrap()).collect()
+}
+
+/// Every context in f32, and those that can in bfloat16, each with the tolerance of its precision.
+pub(crate) fn execs_of_both_precisions(f32: f64, bf16: f64) -> Vec<(Exec, f64)> {
+    let in_f32 = execs().into_iter().map(|exec| (exec, f32));
+    in_f32.chain(rounding_execs().into_iter().map(|exec| (exec, bf16))).collect()
 }
 
 /// `n` values uniform in [-1, 1].

@@ -2,9 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::naive::attention::{self as naive, Inputs};
-use crate::testing::{
-    assert_close, assert_gradient, execs, execs_and_modelled_amx, noise, numeric_gradient, to_f64,
-};
+use crate::testing::{assert_close, assert_gradient, execs, noise, numeric_gradient, rounding_execs, to_f64};
 use crate::{IsaLevel, Precision};
 use half::f16;
 
@@ -158,8 +156,7 @@ fn local_agrees_with_naive() {
 /// Whole sequences take the cache's kernel, other masks the general pass.
 #[test]
 fn passes_in_bf16_agree_with_naive() {
-    let rounding = execs_and_modelled_amx().into_iter().filter(|e| e.isa().level() >= IsaLevel::Avx512Bf16);
-    for exec in rounding.map(|exec| exec.with_precision(Precision::Bf16).unwrap()) {
+    for exec in rounding_execs() {
         let check = |shape, q_len, kv_len, mask: AttnMask<'_>| {
             let case = Case::new(shape, q_len, kv_len, 1.0);
             let rows = (q_len * case.shape.group()).max(1) as f64;
@@ -189,8 +186,7 @@ fn passes_in_bf16_agree_with_naive() {
 /// Scores of 20 rounded to bfloat16 would be off by 0.04, the same in every row.
 #[test]
 fn few_sinks_are_not_rounded() {
-    let rounding = execs_and_modelled_amx().into_iter().filter(|e| e.isa().level() >= IsaLevel::Avx512Bf16);
-    for exec in rounding.map(|exec| exec.with_precision(Precision::Bf16).unwrap()) {
+    for exec in rounding_execs() {
         for sinks in [1, 4] {
             let (len, window, width) = (90, 8, 64);
             let mut case = Case::new((3, 1, width), len, len, 1.0);

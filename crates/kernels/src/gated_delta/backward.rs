@@ -1,7 +1,7 @@
 //! Gradient of the chunked gated delta rule: states and state gradients at chunk borders, then every chunk alone.
 
 use super::{
-    Border, DeltaGrads, DeltaInputs, DeltaSaved, DeltaShape, Solver, error, rounded_products, scale_rows,
+    Border, DeltaGrads, DeltaInputs, DeltaSaved, DeltaShape, Solver, error, products, scale_rows,
     weigh_heads, weigh_row,
 };
 use crate::chunk::{CHUNK, add_suffix_sums, check_len, scale};
@@ -117,7 +117,7 @@ impl Chunk<'_> {
         let DeltaInputs { q, k, .. } = self.inputs;
         let rows = seq * heads;
         let mut scores = Reused::new(rows * CHUNK);
-        rounded_products(exec, rows, d_state, q, k, &mut scores);
+        products(exec, rows, d_state, q, k, &mut scores);
         dispatch!(exec.isa(), |s| weigh_heads(s, &self.solver.decay, heads, &mut scores));
         let mut target = Reused::new(seq * head_dim);
         product(
@@ -195,7 +195,7 @@ impl Chunk<'_> {
 
         // y_t += Σ_{s≤t} e^{c_t−c_s} (q_t·k_s) w_s
         let mut d_scores = Reused::new(rows * CHUNK);
-        rounded_products(exec, rows, head_dim, self.dy, &self.border.corrections, &mut d_scores);
+        products(exec, rows, head_dim, self.dy, &self.border.corrections, &mut d_scores);
         dispatch!(exec.isa(), |s| self.weigh_scores(s, &border.scores, &mut d_scores, &mut sums));
         let d_scores = MatRef::new(&d_scores, rows, seq, CHUNK);
         let queries = MatRef::dense(q, rows, d_state);
@@ -210,7 +210,7 @@ impl Chunk<'_> {
 
         // T_ts = β_t e^{c_t−c_s} (k_t·k_s); its gradient is −(target gradient)·wᵀ.
         let mut d_triangle = Reused::new(seq * CHUNK);
-        rounded_products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
+        products(exec, seq, head_dim, &border.target, &self.border.corrections, &mut d_triangle);
         dispatch!(exec.isa(), |s| self.weigh_triangle(s, &mut d_triangle, &mut sums));
         let d_triangle = MatRef::new(&d_triangle, seq, seq, CHUNK);
         product(exec, MatMut::dense(dk, seq, d_state), (d_triangle, no), (keys, no), add);

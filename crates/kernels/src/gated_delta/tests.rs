@@ -4,8 +4,7 @@ use super::*;
 use crate::chunk::testing::{LENGTHS, assert_close, assert_gradient, execs, inner, random, rng, wide};
 use crate::naive;
 use crate::naive::gated_delta::DeltaData;
-use crate::testing::execs_and_modelled_amx;
-use crate::{IsaLevel, Precision};
+use crate::testing::rounding_execs;
 
 /// Against f64, relative to the largest value: f32 sums of a few thousand products of mixed sign, after a triangular
 /// solve whose inverse has no entry above 1.
@@ -151,8 +150,7 @@ fn agrees_with_naive() {
 
 #[test]
 fn agrees_with_naive_in_bf16() {
-    let rounding = execs_and_modelled_amx().into_iter().filter(|e| e.isa().level() >= IsaLevel::Avx512Bf16);
-    let rounding: Vec<_> = rounding.map(|exec| exec.with_precision(Precision::Bf16).unwrap()).collect();
+    let rounding = rounding_execs();
     for shape in [shape(1, 3, 64, 64), shape(65, 2, 64, 64), shape(200, 3, 64, 64), shape(130, 3, 40, 24)] {
         for decay in DECAYS {
             let case = case(shape, decay, 1.0);

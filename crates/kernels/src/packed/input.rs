@@ -271,7 +271,7 @@ impl Input {
 }
 
 /// Values between the starts of two rows: padded, and not a multiple of 1024, whose rows would share cache sets.
-pub(super) fn row_stride(cols: usize) -> usize {
+fn row_stride(cols: usize) -> usize {
     let stride = padded(cols);
     if stride > 0 && stride.is_multiple_of(1024) { stride + PAD } else { stride }
 }
