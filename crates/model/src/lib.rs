@@ -18,8 +18,8 @@ pub use cache::Cache;
 pub use engine::{Engine, EngineOptions, LogitRows};
 pub use error::{ModelError, Result};
 pub use model::{
-    Cut, CutPart, Gates, Intervention, Model, ResolvedPlan, RoundedSequences, Tape, TokenBatch, Trace,
-    head_tensor_name, narrow,
+    BackwardPass, Cut, CutPart, Gates, Intervention, Model, ResolvedPlan, RoundedSequences, Tape, TokenBatch,
+    Trace, head_tensor_name, narrow,
 };
 pub use observe::{GradObserver, LayerObserver, NoObserver};
 pub use params::{Grads, Param, ParamId, ParamStore};

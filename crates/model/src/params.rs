@@ -92,17 +92,30 @@ impl ParamStore {
 #[derive(Clone, Debug, Default)]
 pub struct Grads {
     slots: Vec<Option<Slot>>,
+    /// Memory of [released](Self::release) gradients, for those of the same size that are written next.
+    free: Vec<Vec<f32>>,
 }
 
 /// One parameter's gradient.
 #[derive(Clone, Debug)]
 struct Slot {
+    /// Empty while it has no memory.
     values: Vec<f32>,
+    len: usize,
     /// Counts as zeros, whatever the values are: whoever writes first may overwrite them.
     stale: bool,
 }
 
 impl Slot {
+    /// Makes sure that a gradient to be written has memory.
+    fn occupied(&mut self, free: &mut Vec<Vec<f32>>) -> &mut Self {
+        if self.values.len() != self.len {
+            let fitting = free.iter().position(|values| values.len() == self.len);
+            self.values = fitting.map_or_else(|| vec![0.0; self.len], |i| free.swap_remove(i));
+        }
+        self
+    }
+
     fn zeroed(&mut self) -> &mut [f32] {
         if std::mem::take(&mut self.stale) {
             self.values.fill(0.0);
@@ -121,9 +134,31 @@ impl Grads {
     pub fn zeros(store: &ParamStore, trainable: &[ParamId]) -> Self {
         let mut slots = vec![None; store.len()];
         for &id in trainable {
-            slots[id.0] = Some(Slot { values: vec![0.0; store.data(id).len()], stale: false });
+            let len = store.data(id).len();
+            slots[id.0] = Some(Slot { values: vec![0.0; len], len, stale: false });
         }
-        Self { slots }
+        Self { slots, free: Vec::new() }
+    }
+    /// Gradients of `trainable` that get memory when they are written and give it back at [`release`](Self::release); zero until then.
+    pub fn on_demand(store: &ParamStore, trainable: &[ParamId]) -> Self {
+        let mut slots = vec![None; store.len()];
+        for &id in trainable {
+            slots[id.0] = Some(Slot { values: Vec::new(), len: store.data(id).len(), stale: true });
+        }
+        Self { slots, free: Vec::new() }
+    }
+    /// The gradient of `id` becomes zero, and its memory the next one's that is written and as large.
+    pub fn release(&mut self, id: ParamId) {
+        if let Some(slot) = self.slots.get_mut(id.0).and_then(Option::as_mut)
+            && !slot.values.is_empty()
+        {
+            self.free.push(std::mem::take(&mut slot.values));
+            slot.stale = true;
+        }
+    }
+    /// The slot of `id` with memory, if it is trainable.
+    fn slot(&mut self, id: ParamId) -> Option<&mut Slot> {
+        Some(self.slots.get_mut(id.0)?.as_mut()?.occupied(&mut self.free))
     }
     /// Whether `id` is trainable.
     pub fn wants(&self, id: ParamId) -> bool {
@@ -140,21 +175,21 @@ impl Grads {
     }
     /// The gradient of `id` for adding to, if it is trainable.
     pub fn get_mut(&mut self, id: ParamId) -> Option<&mut [f32]> {
-        Some(self.slots.get_mut(id.0)?.as_mut()?.zeroed())
+        Some(self.slot(id)?.zeroed())
     }
     /// The gradient of `id` for one product that covers it, if it is trainable, and whether to add to it: the first one after
     /// [`clear`](Self::clear) overwrites.
     pub fn target(&mut self, id: ParamId) -> Option<(&mut [f32], Store)> {
-        Some(self.slots.get_mut(id.0)?.as_mut()?.target())
+        Some(self.slot(id)?.target())
     }
     /// [`target`](Self::target) of several different ids at once.
     ///
     /// # Panics
     /// When two ids are the same, or one is of another model.
     pub fn targets<const N: usize>(&mut self, ids: [ParamId; N]) -> [Option<(&mut [f32], Store)>; N] {
-        let slots =
-            self.slots.get_disjoint_mut(ids.map(|id| id.0)).expect("gradients of different parameters");
-        slots.map(|slot| Some(slot.as_mut()?.target()))
+        let Self { slots, free } = self;
+        let slots = slots.get_disjoint_mut(ids.map(|id| id.0)).expect("gradients of different parameters");
+        slots.map(|slot| Some(slot.as_mut()?.occupied(free).target()))
     }
     /// All gradients become zero; their memory is written when somebody adds to them, or at [`settle`](Self::settle).
     pub fn clear(&mut self) {
@@ -162,7 +197,8 @@ impl Grads {
     }
     /// Writes the zeros of gradients that nobody added to.
     pub fn settle(&mut self) {
-        self.slots.iter_mut().flatten().for_each(|slot| _ = slot.zeroed());
+        let Self { slots, free } = self;
+        slots.iter_mut().flatten().for_each(|slot| _ = slot.occupied(free).zeroed());
     }
     /// Trainable ids in order.
     pub fn ids(&self) -> impl Iterator<Item = ParamId> + '_ {
@@ -195,6 +231,30 @@ mod tests {
         assert_eq!((grads.get(a).unwrap(), grads.get(b).unwrap()), (&[1.0; 2][..], &[0.0; 2][..]));
         grads.clear();
         assert_eq!(grads.get_mut(a).unwrap(), [0.0; 2]);
+    }
+
+    #[test]
+    fn memory_goes_from_gradient_to_gradient() {
+        let mut store = ParamStore::default();
+        let [a, b] = ["a", "b"].map(|name| store.insert(name, vec![2], vec![1.0, 2.0]));
+        let mut on_demand = Grads::on_demand(&store, &[a, b]);
+        assert!(on_demand.wants(a) && on_demand.wants(b));
+        let (values, how) = on_demand.target(a).unwrap();
+        assert_eq!(how, Store::Overwrite);
+        values.fill(3.0);
+        let memory = values.as_ptr();
+        assert_eq!(on_demand.get(a).unwrap(), [3.0; 2]);
+        on_demand.release(a);
+        let zeros = on_demand.get_mut(b).unwrap();
+        assert_eq!((zeros.as_ptr(), &*zeros), (memory, &[0.0; 2][..]));
+        on_demand.release(b);
+        // Nothing to give back.
+        on_demand.release(b);
+        let [first, second] = on_demand.targets([b, a]).map(|target| target.unwrap());
+        assert!(first.1 == Store::Overwrite && second.1 == Store::Overwrite);
+        assert_eq!(first.0.as_ptr(), memory);
+        on_demand.settle();
+        assert!(on_demand.get(a).is_some() && on_demand.get(b).is_some());
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub struct StepShape {
     pub steps: usize,
     /// As in [`HealOptions`]; `align` records nothing.
     pub checkpoint_activations: bool,
+    /// As in [`HealOptions`], without clipping; `align` updates after all gradients.
+    pub optimizer_in_backward: bool,
     /// As in [`HealOptions`]; those of `align` are in f32.
     pub moments: MomentType,
 }
@@ -98,7 +100,8 @@ pub fn time_steps(
     shape: StepShape,
     progress: &mut dyn Progress,
 ) -> Result<StepSpeed> {
-    let StepShape { sequences, seq_len, steps, checkpoint_activations, moments } = shape;
+    let StepShape { sequences, seq_len, steps, checkpoint_activations, optimizer_in_backward, moments } =
+        shape;
     if sequences == 0 || seq_len < 2 || steps == 0 {
         return Err(TrainError::Argument(
             "a timed step needs a sequence of at least 2 tokens, and a step".into(),
@@ -122,8 +125,15 @@ pub fn time_steps(
         }
         Ok(())
     };
-    let options =
-        HealOptions { base_lr_scale: 1.0, checkpoint_activations, moments, ..HealOptions::default() };
+    let defaults = HealOptions::default();
+    let options = HealOptions {
+        base_lr_scale: 1.0,
+        checkpoint_activations,
+        optimizer_in_backward,
+        clip: if optimizer_in_backward { 0.0 } else { defaults.clip },
+        moments,
+        ..defaults
+    };
     let mut train = |mut trainer: Trainer<'_>, mut trained: Model| {
         timed(&mut |batch| trainer.step(&mut trained, std::slice::from_ref(batch), LR).map(drop))
     };

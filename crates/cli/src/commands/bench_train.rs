@@ -55,6 +55,10 @@ pub struct Args {
     /// backward pass through layers.
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Update every parameter as soon as its gradient is complete, without clipping, and use that gradient's memory again: less memory and
+    /// less time. Not for `align`.
+    #[arg(long)]
+    optimizer_in_backward: bool,
     /// What the optimiser's moments are kept in; those of `align` are in f32.
     #[arg(long, value_enum, default_value_t = MomentsArg::F32)]
     moments: MomentsArg,
@@ -85,6 +89,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         seq_len: args.context,
         steps: args.repeats as usize,
         checkpoint_activations: args.checkpoint_activations,
+        optimizer_in_backward: args.optimizer_in_backward,
         moments: args.moments.into(),
     };
     let spec = args.mixer.trained_spec(&base.config, args.window, None, None)?;

@@ -85,6 +85,13 @@ pub struct Args {
     /// Keep layers' inputs only and run every layer again in the backward pass: the same result in less memory and more time.
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Update every parameter as soon as its gradient is complete and use that gradient's memory again: the same result in less memory and less
+    /// time, but without clipping, and a gradient that is not finite ends the run at the state last saved.
+    #[arg(long, conflicts_with = "accumulate")]
+    optimizer_in_backward: bool,
+    /// Largest norm of a step's gradient, beyond which it is scaled down; 0: any [default: 1, and 0 with --optimizer-in-backward].
+    #[arg(long)]
+    clip: Option<f32>,
     /// What the optimiser's moments are kept in: bf16 (rounded stochastically) saves 4 bytes for each value that trains.
     #[arg(long, value_enum, default_value_t = MomentsArg::F32)]
     moments: MomentsArg,
@@ -108,7 +115,7 @@ pub struct Args {
 }
 
 /// Options of single runs.
-const SET_BY_A_RECIPE: [&str; 12] = [
+const SET_BY_A_RECIPE: [&str; 14] = [
     "model",
     "stage",
     "context",
@@ -120,6 +127,8 @@ const SET_BY_A_RECIPE: [&str; 12] = [
     "kl_weight",
     "ce_weight",
     "checkpoint_activations",
+    "optimizer_in_backward",
+    "clip",
     "moments",
 ];
 const TOKENS: u64 = 32_768;
@@ -164,6 +173,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     if args.batch == 0 || args.accumulate == 0 {
         return Err(usage("--batch and --accumulate must be at least 1"));
     }
+    if let Some(clip) = args.clip.filter(|clip| !(0.0..f32::INFINITY).contains(clip)) {
+        return Err(usage(format!("--clip {clip} must be 0 or more")));
+    }
     let exec = args.exec.exec()?;
     let hybrid = load(model, ui)?;
     let base = load(&args.base, ui)?;
@@ -199,6 +211,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         elastic: args.elastic.clone(),
         seed: args.seed,
         checkpoint_activations: args.checkpoint_activations,
+        optimizer_in_backward: args.optimizer_in_backward,
+        clip: args.clip.unwrap_or(if args.optimizer_in_backward { 0.0 } else { defaults.clip }),
         moments: args.moments.into(),
         state_dir: state_dir.into(),
         resume: args.resume,

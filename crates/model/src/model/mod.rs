@@ -11,6 +11,7 @@ mod parts;
 mod suffix;
 mod tokens;
 
+pub use backward::BackwardPass;
 pub use batch::Tape;
 pub use gates::Gates;
 pub use intervene::{Cut, CutPart, Intervention};

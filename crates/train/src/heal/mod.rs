@@ -85,6 +85,9 @@ pub struct HealOptions {
     /// Keep layers' inputs only and run every layer forward again in the backward pass ([`model::Tape::checkpointed`]): the same bits in less
     /// memory and more time.
     pub checkpoint_activations: bool,
+    /// Update every parameter as soon as its gradient is complete and use that gradient's memory again: the same bits as without, for the memory
+    /// of one layer's gradients (and the embedding's) instead of all. Needs `clip` 0, `accumulate` 1 and no low-rank updates.
+    pub optimizer_in_backward: bool,
     /// What AdamW's moments are kept in, but for those of low-rank updates, which are small and in f32.
     pub moments: MomentType,
     /// Folder of the training state and `metrics.jsonl`; made when missing.
@@ -125,6 +128,7 @@ impl Default for HealOptions {
             elastic: Vec::new(),
             seed: 0,
             checkpoint_activations: false,
+            optimizer_in_backward: false,
             moments: MomentType::F32,
             state_dir: PathBuf::new(),
             save_every_s: 120,
@@ -165,7 +169,8 @@ pub struct HealMetric {
 /// # Errors
 /// [`TrainError::Argument`] when nothing would train, base and hybrid do not fit, or a setting differs from the resumed run's;
 /// [`TrainError::Model`] for a budget that the hybrid's plan cannot be trained for;
-/// [`TrainError::NonFinite`] with the batch in `nonfinite.json` and the state before it saved (`hybrid` holds it as well);
+/// [`TrainError::NonFinite`] with the batch in `nonfinite.json` and the state before it saved (`hybrid` holds it as well), or, when updates were
+/// made in the backward pass, with the last state that was saved kept;
 /// [`TrainError::Interrupted`] with the state saved; whatever the disk refuses.
 pub fn heal(
     exec: &Exec,
@@ -244,7 +249,10 @@ impl<'a> Run<'a> {
                     if matches!(error, TrainError::NonFinite { .. }) {
                         let sequences: Vec<&[u32]> = batches.iter().flat_map(TokenBatch::iter).collect();
                         save_offending_batch(&options.state_dir.join("nonfinite.json"), step, &sequences)?;
-                        self.save(hybrid, position)?;
+                        // Updates in the backward pass may have been made in part.
+                        if !options.optimizer_in_backward {
+                            self.save(hybrid, position)?;
+                        }
                     }
                     return Err(error);
                 }

@@ -1,6 +1,7 @@
 //! Healing of tiny hybrids: the divergence falls, runs resume to the bit, NaN stops them, and low-rank gradients are right.
 
 use super::*;
+use crate::data::Document;
 use crate::testing::{
     DieAfter, StopAfter, documents_of_odd_lengths, fresh_bank, killed, mixer_specs, random_documents,
     tiny_config, tiny_model,
@@ -11,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
 mod elastic;
+mod in_backward;
 mod packed;
 
 const SEQ: usize = 20;
@@ -219,9 +221,8 @@ fn a_changed_setting_is_refused() {
     run(&HealOptions { lr: 1e-4, ..options }, &start, &mut Silent).unwrap();
 }
 
-#[test]
-fn nan_stops_before_the_update_and_keeps_the_last_state() {
-    let exec = Exec::new(2).unwrap();
+/// A base whose loss is NaN for one token, documents with it, and the first step, of `per_step` items each, that reads it.
+fn poisoned(per_step: usize) -> (Model, Vec<Document>, u64) {
     let mut base = tiny_model(&tiny_config(), 5);
     let poison = 60;
     let id = base.params.id("model.embed_tokens.weight").unwrap();
@@ -230,11 +231,17 @@ fn nan_stops_before_the_update_and_keeps_the_last_state() {
     base.config.rms_eps = 0.0;
     let mut documents = random_documents(6, 100, VOCAB, 1);
     documents[3].tokens[50] = poison as u32;
-    let stream = || SequenceStream::new(&documents, SEQ, 7).unwrap();
-    let mut data = stream();
-    let bad = (1..).find(|_| data.next_batch(2).tokens().contains(&(poison as u32))).unwrap();
+    let mut data = SequenceStream::new(&documents, SEQ, 7).unwrap();
+    let bad = (1..).find(|_| data.next_batch(per_step).tokens().contains(&(poison as u32))).unwrap();
     assert!((2..15).contains(&bad), "the seed puts the poison at step {bad}");
+    (base, documents, bad)
+}
 
+#[test]
+fn nan_stops_before_the_update_and_keeps_the_last_state() {
+    let exec = Exec::new(2).unwrap();
+    let (base, documents, bad) = poisoned(2);
+    let stream = || SequenceStream::new(&documents, SEQ, 7).unwrap();
     let start = hybrid_of(&base, spec(RecurrentKind::Mamba2));
     let dir = tempfile::tempdir().unwrap();
     let options = options(dir.path(), 30);

@@ -11,8 +11,8 @@ use kernels::loss::{cross_entropy, kl_divergence};
 use kernels::{Exec, Store};
 use model::mixers::TensorClass;
 use model::plan::PlanModel;
-use model::{Engine, Grads, Model, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
-use std::collections::HashSet;
+use model::{Engine, Grads, HeadPlan, Model, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
+use std::collections::{HashMap, HashSet};
 
 /// Rows of logits in memory at once.
 const LOGIT_ROWS: usize = 256;
@@ -64,6 +64,7 @@ pub struct Trainer<'a> {
     weight_decay: f32,
     clip: f32,
     base_lr_scale: f32,
+    optimizer_in_backward: bool,
     steps: u64,
     /// The budgets of an elastic run.
     budgets: Option<Budgets>,
@@ -137,7 +138,14 @@ impl<'a> Trainer<'a> {
         {
             budgets.check_heads()?;
         }
+        if options.optimizer_in_backward {
+            check_in_backward(options)?;
+        }
         let ids: Vec<ParamId> = full.iter().map(|f| f.id).chain(low_rank.iter().map(|l| l.id)).collect();
+        let grads = match options.optimizer_in_backward {
+            true => Grads::on_demand(&hybrid.params, &ids),
+            false => Grads::zeros(&hybrid.params, &ids),
+        };
         Ok(Self {
             exec,
             teacher: match options.stage {
@@ -149,12 +157,13 @@ impl<'a> Trainer<'a> {
             weight_decay: options.weight_decay,
             clip: options.clip,
             base_lr_scale: options.base_lr_scale,
+            optimizer_in_backward: options.optimizer_in_backward,
             steps: 0,
             budgets,
             original: if low_rank.is_empty() { ParamStore::default() } else { hybrid.params.clone() },
             full,
             low_rank,
-            grads: Grads::zeros(&hybrid.params, &ids),
+            grads,
             tape: if options.checkpoint_activations { Tape::checkpointed() } else { Tape::default() },
             logits: LogitBuffers::default(),
             output: None,
@@ -183,41 +192,40 @@ impl<'a> Trainer<'a> {
     /// hybrid computes under the plan of the step's beta, and heads of groups that this plan keeps do not change, nor do their moments.
     ///
     /// # Errors
-    /// [`TrainError::NonFinite`], then `hybrid` is unchanged; [`TrainError::Model`] for tokens the model refuses.
+    /// [`TrainError::NonFinite`], then `hybrid` is unchanged, except by a gradient in a step that updates in its backward pass: that leaves
+    /// `hybrid` and the trainer half updated. [`TrainError::Model`] for tokens the model refuses.
+    ///
+    /// # Panics
+    /// When the trainer updates in its backward pass and gets more than one batch.
     pub fn step(&mut self, hybrid: &mut Model, batches: &[TokenBatch], lr: f32) -> Result<StepReport> {
         let step = self.steps + 1;
         let swap = |budgets: &mut Option<Budgets>, hybrid: &mut Model| {
             budgets.iter_mut().for_each(|budgets| budgets.swap(hybrid, step));
         };
         swap(&mut self.budgets, hybrid);
-        let report = self.accumulate(hybrid, batches);
+        let report = match (self.optimizer_in_backward, batches) {
+            (false, _) => self.accumulate(hybrid, batches),
+            (true, [batch]) => self.update_in_backward(hybrid, batch, lr),
+            (true, _) => {
+                panic!("a step that updates in its backward pass has one batch, not {}", batches.len())
+            }
+        };
         swap(&mut self.budgets, hybrid);
         let report = StepReport { beta: self.budgets.as_ref().map(|b| b.beta(step)), ..report? };
-        for (what, value) in [("the loss", report.loss), ("the gradient norm", report.grad_norm)] {
-            if !value.is_finite() {
-                return Err(TrainError::NonFinite { step, what: what.into() });
-            }
-        }
+        check_finite(step, "the loss", report.loss)?;
+        check_finite(step, "the gradient norm", report.grad_norm)?;
         self.steps = step;
-        let rule = StepRule {
-            betas: self.betas,
-            weight_decay: self.weight_decay,
-            step,
-            grad_scale: clip_scale(report.grad_norm, self.clip),
-        };
+        self.output_is_current &= !self.grads.wants(hybrid.output_param());
+        if self.optimizer_in_backward {
+            return Ok(report);
+        }
+        let rule = self.rule(step, clip_scale(report.grad_norm, self.clip));
         let plan = self.budgets.as_ref().map(|budgets| budgets.plan(step));
-        for Full { id, lr_scale, moments, group, updates } in &mut self.full {
-            let active = match (plan, *group) {
-                (Some(plan), Some((layer, group))) => plan.is_converted(layer, group),
-                _ => true,
-            };
-            if let Some(grad) = self.grads.get(*id).filter(|_| active) {
-                *updates += 1;
-                let rule = StepRule { step: *updates, ..rule };
-                rule.apply_any(self.exec, lr * *lr_scale, grad, hybrid.params.data_mut(*id), moments);
+        for full in &mut self.full {
+            if let Some(grad) = self.grads.get(full.id).filter(|_| full.is_active(plan)) {
+                full.update(self.exec, rule, lr, grad, &mut hybrid.params);
             }
         }
-        self.output_is_current &= !self.grads.wants(hybrid.output_param());
         let lr = lr * self.base_lr_scale;
         for LowRank { factors, grads, moments_a, moments_b, .. } in &mut self.low_rank {
             rule.apply(self.exec, lr, &grads.a, &mut factors.a, moments_a);
@@ -227,16 +235,20 @@ impl<'a> Trainer<'a> {
         Ok(report)
     }
 
+    /// What the updates of `step` share.
+    fn rule(&self, step: u64, grad_scale: f32) -> StepRule {
+        StepRule { betas: self.betas, weight_decay: self.weight_decay, step, grad_scale }
+    }
+
     /// Loss and gradients of `batches`, without an update.
     pub(super) fn accumulate(&mut self, hybrid: &Model, batches: &[TokenBatch]) -> Result<StepReport> {
         self.grads.clear();
-        let rows: usize = batches.iter().map(TokenBatch::rows).sum();
-        let targets: usize =
-            batches.iter().flat_map(TokenBatch::iter).map(|s| s.len().saturating_sub(1)).sum();
-        let (mut kl_sum, mut ce_sum) = (0.0, 0.0);
+        let counts = Counts::of(batches);
+        let mut sums = LossSums::default();
         for batch in batches {
-            let (kl, ce) = self.backpropagate(hybrid, batch, rows, targets)?;
-            (kl_sum, ce_sum) = (kl_sum + kl, ce_sum + ce);
+            let dhidden = self.losses(hybrid, batch, counts, &mut sums)?;
+            let Self { exec, tape, grads, .. } = self;
+            hybrid.backward(exec, batch, tape, &dhidden, grads, &mut NoObserver, false);
         }
         self.grads.settle();
         for LowRank { id, factors, grads, .. } in &mut self.low_rank {
@@ -249,34 +261,87 @@ impl<'a> Trainer<'a> {
             tensors.extend([low_rank.grads.a.as_slice(), low_rank.grads.b.as_slice()]);
         }
         let grad_norm = sum_of_squares(self.exec, &tensors).sqrt();
-        let ce = ce_sum / targets.max(1) as f64;
+        Ok(self.report(sums, counts, grad_norm))
+    }
+
+    /// Loss, gradients and update of one batch: every parameter is updated as soon as its gradient is complete, in whose memory the next layer's
+    /// is computed.
+    fn update_in_backward(&mut self, hybrid: &mut Model, batch: &TokenBatch, lr: f32) -> Result<StepReport> {
+        let step = self.steps + 1;
+        self.grads.clear();
+        let counts = Counts::of(std::slice::from_ref(batch));
+        let mut sums = LossSums::default();
+        let dhidden = self.losses(hybrid, batch, counts, &mut sums)?;
+        check_finite(step, "the loss", self.report(sums, counts, 0.0).loss)?;
+        let rule = self.rule(step, 1.0);
+        let mut places: HashMap<ParamId, usize> =
+            self.full.iter().enumerate().map(|(place, full)| (full.id, place)).collect();
+        let Self { exec, tape, grads, full, budgets, .. } = self;
+        // The hybrid's plan is that of the step until the caller takes it out again.
+        let plan = budgets.as_ref().map(|_| hybrid.plan.clone());
+        let mut squares = 0.0;
+        let mut update = |places: &[usize], grads: &mut Grads, hybrid: &mut Model| {
+            let active: Vec<usize> =
+                places.iter().copied().filter(|&place| full[place].is_active(plan.as_ref())).collect();
+            for &place in &active {
+                // Zeros where nothing was added.
+                grads.get_mut(full[place].id);
+            }
+            let tensors: Vec<&[f32]> = active.iter().filter_map(|&place| grads.get(full[place].id)).collect();
+            squares += sum_of_squares(exec, &tensors);
+            check_finite(step, "the gradient norm", squares)?;
+            for place in active {
+                let full = &mut full[place];
+                if let Some(grad) = grads.get(full.id) {
+                    full.update(exec, rule, lr, grad, &mut hybrid.params);
+                }
+                grads.release(full.id);
+            }
+            Ok::<_, TrainError>(())
+        };
+        let mut pass = hybrid.start_backward(exec, batch, tape, &dhidden, grads, false);
+        while let Some(complete) = pass.advance(hybrid, grads, &mut NoObserver) {
+            let complete: Vec<usize> = complete.iter().filter_map(|id| places.remove(id)).collect();
+            update(&complete, grads, hybrid)?;
+        }
+        // What this pass did not come by, of skipped layers or of heads that the step's budget keeps as attention.
+        let mut rest: Vec<usize> = places.into_values().collect();
+        rest.sort_unstable();
+        update(&rest, grads, hybrid)?;
+        Ok(self.report(sums, counts, squares.sqrt()))
+    }
+
+    fn report(&self, sums: LossSums, counts: Counts, grad_norm: f64) -> StepReport {
+        let ce = sums.ce / counts.targets.max(1) as f64;
         let (loss, kl) = match self.stage {
             Stage::Continue => (ce, None),
             Stage::Distill { kl: kl_weight, ce: ce_weight } => {
-                let kl = kl_sum / rows.max(1) as f64;
+                let kl = sums.kl / counts.rows.max(1) as f64;
                 (f64::from(kl_weight) * kl + f64::from(ce_weight) * ce, Some(kl))
             }
         };
-        Ok(StepReport { loss, kl, ce, grad_norm, beta: None })
+        StepReport { loss, kl, ce, grad_norm, beta: None }
     }
 
-    /// Forward and backward of one micro-batch; `rows` and `targets` are counts of the whole step. Returns summed KL and summed next-token loss.
-    fn backpropagate(
+    /// Forward pass of one micro-batch of a step of `counts`, and as far back as the final hidden states, whose gradient it returns. Adds its
+    /// losses to `sums`.
+    fn losses(
         &mut self,
         hybrid: &Model,
         batch: &TokenBatch,
-        rows: usize,
-        targets: usize,
-    ) -> Result<(f64, f64)> {
+        counts: Counts,
+        sums: &mut LossSums,
+    ) -> Result<Vec<f32>> {
         let exec = self.exec;
         let (vocab, d_model) = (hybrid.config.vocab, hybrid.config.d_model);
         let teacher = match &self.teacher {
             Some(engine) => Some((engine, engine.observe(exec, batch, &mut |_, _, _| {})?)),
             None => None,
         };
+        let (rows, targets) = (counts.rows.max(1) as f32, counts.targets.max(1) as f32);
         let (kl_weight, ce_weight) = match self.stage {
-            Stage::Distill { kl, ce } => (kl / rows.max(1) as f32, ce / targets.max(1) as f32),
-            Stage::Continue => (0.0, 1.0 / targets.max(1) as f32),
+            Stage::Distill { kl, ce } => (kl / rows, ce / targets),
+            Stage::Continue => (0.0, 1.0 / targets),
         };
         let hidden = hybrid.forward_batch(exec, batch, &mut NoObserver, Some(&mut self.tape))?;
         let labels = next_tokens(batch);
@@ -288,7 +353,6 @@ impl<'a> Trainer<'a> {
         }
         let output = self.output.as_ref();
         let mut dhidden = Vec::with_capacity(hidden.len());
-        let (mut kl_sum, mut ce_sum) = (0.0, 0.0);
         let LogitBuffers { own: logits, teacher: wanted, gradient: dlogits, values } = &mut self.logits;
         for (chunk, labels) in labels.chunks(LOGIT_ROWS).enumerate() {
             let range = chunk * LOGIT_ROWS * d_model..(chunk * LOGIT_ROWS + labels.len()) * d_model;
@@ -299,17 +363,16 @@ impl<'a> Trainer<'a> {
             let next_token = teacher.is_none() || ce_weight != 0.0;
             let gradient = next_token.then_some(dlogits.as_mut_slice());
             cross_entropy(exec, logits, vocab, labels, ce_weight, values, gradient);
-            ce_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
+            sums.ce += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             if let Some((engine, hidden)) = &teacher {
                 engine.logits_into(exec, &hidden[range], wanted);
                 let store = if next_token { Store::Accumulate } else { Store::Overwrite };
                 kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some((dlogits, store)));
-                kl_sum += values.iter().map(|&v| f64::from(v)).sum::<f64>();
+                sums.kl += values.iter().map(|&v| f64::from(v)).sum::<f64>();
             }
             dhidden.extend(hybrid.logits_backward(exec, h, dlogits, output, &mut self.grads));
         }
-        hybrid.backward(exec, batch, &self.tape, &dhidden, &mut self.grads, &mut NoObserver, false);
-        Ok((kl_sum, ce_sum))
+        Ok(dhidden)
     }
 
     /// Writes `W₀ + s·B·A` of every low-rank update into the hybrid.
@@ -329,6 +392,66 @@ impl Full {
     fn new(id: ParamId, len: usize, lr_scale: f32, moments: MomentType) -> Self {
         Self { id, lr_scale, moments: AnyMoments::zeros(len, moments), group: None, updates: 0 }
     }
+
+    /// Whether it trains in a step under this plan of an elastic run, if it is one.
+    fn is_active(&self, plan: Option<&HeadPlan>) -> bool {
+        match (plan, self.group) {
+            (Some(plan), Some((layer, group))) => plan.is_converted(layer, group),
+            _ => true,
+        }
+    }
+
+    fn update(&mut self, exec: &Exec, rule: StepRule, lr: f32, grad: &[f32], params: &mut ParamStore) {
+        self.updates += 1;
+        let rule = StepRule { step: self.updates, ..rule };
+        rule.apply_any(exec, lr * self.lr_scale, grad, params.data_mut(self.id), &mut self.moments);
+    }
+}
+
+/// Positions of a step, over which losses are means.
+#[derive(Clone, Copy)]
+struct Counts {
+    rows: usize,
+    /// Those with a next token.
+    targets: usize,
+}
+
+impl Counts {
+    fn of(batches: &[TokenBatch]) -> Self {
+        let sequences = batches.iter().flat_map(TokenBatch::iter);
+        Self {
+            rows: batches.iter().map(TokenBatch::rows).sum(),
+            targets: sequences.map(|s| s.len().saturating_sub(1)).sum(),
+        }
+    }
+}
+
+/// Sums over positions.
+#[derive(Clone, Copy, Default)]
+struct LossSums {
+    kl: f64,
+    ce: f64,
+}
+
+fn check_finite(step: u64, what: &str, value: f64) -> Result<()> {
+    match value.is_finite() {
+        true => Ok(()),
+        false => Err(TrainError::NonFinite { step, what: what.into() }),
+    }
+}
+
+/// Whether updates can be made in the backward pass, where the gradient as a whole is never there.
+fn check_in_backward(options: &HealOptions) -> Result<()> {
+    let refused = if options.clip != 0.0 {
+        "the norm that clipping needs is known at its end\nhint: turn clipping off (0)"
+    } else if options.accumulate > 1 {
+        "gradients of several micro-batches would have to be kept\nhint: accumulate 1"
+    } else if matches!(options.trainable, Trainable::Lora(_)) {
+        "low-rank updates have small gradients of their own\nhint: leave it out, or train whole weights"
+    } else {
+        return Ok(());
+    };
+    Err(TrainError::Argument(format!("no updates in the backward pass: {refused}")))
 }
 
 impl LowRank {

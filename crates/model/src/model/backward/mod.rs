@@ -73,6 +73,83 @@ fn add(from: &[f32], to: &mut [f32]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }
 
+/// A backward pass that goes on when it is told to, so that a gradient can be used, and its memory be the next layer's, as soon as it is
+/// complete. From [`Model::start_backward`].
+pub struct BackwardPass<'a> {
+    exec: &'a Exec,
+    batch: &'a TokenBatch,
+    tape: &'a Tape,
+    /// Gradient of the residual stream, as far down as the pass is.
+    dh: Vec<f32>,
+    /// Where it ends; the number of layers when it goes through none.
+    lowest: usize,
+    /// Whether the embedding's gradient is wanted.
+    below_layers: bool,
+    next: Next,
+    scratch: Scratch,
+    replay: Replay,
+}
+
+/// What a [`BackwardPass`] does next.
+#[derive(Clone, Copy)]
+enum Next {
+    /// Nothing but to report what is above the layers.
+    Top,
+    /// The layer below this one.
+    Below(usize),
+    End,
+}
+
+impl BackwardPass<'_> {
+    /// Goes on to where more gradients are complete and tells whose (trainable or not); nothing at the end. Every parameter that the pass adds
+    /// to is told once, and `model`'s values of it are not read again.
+    pub fn advance(
+        &mut self,
+        model: &Model,
+        grads: &mut Grads,
+        observer: &mut dyn GradObserver,
+    ) -> Option<Vec<ParamId>> {
+        let layout = &model.layout;
+        match self.next {
+            Next::End => None,
+            Next::Top => {
+                self.next = Next::Below(model.config.layers);
+                let output = (layout.output != layout.embed).then_some(layout.output);
+                Some([layout.norm].into_iter().chain(output).collect())
+            }
+            Next::Below(above) => {
+                let next = (self.lowest..above).rev().find(|&layer| !model.plan.is_skipped(layer));
+                if let Some(layer) = next {
+                    self.next = Next::Below(layer);
+                    self.layer(model, layer, grads, observer);
+                    return Some(model.layer_params(layer).collect());
+                }
+                self.next = Next::End;
+                let grad = grads.get_mut(layout.embed)?;
+                let d_model = model.config.d_model;
+                for (&token, dh) in self.batch.tokens().iter().zip(self.dh.chunks_exact(d_model)) {
+                    add(dh, &mut grad[token as usize * d_model..(token as usize + 1) * d_model]);
+                }
+                Some(vec![layout.embed])
+            }
+        }
+    }
+
+    fn layer(&mut self, model: &Model, layer: usize, grads: &mut Grads, observer: &mut dyn GradObserver) {
+        let Self { exec, batch, tape, dh, scratch, replay, .. } = self;
+        let (exec, batch, tape) = (*exec, *batch, *tape);
+        let input = &tape.layers[layer].input;
+        if tape.inputs_only {
+            model.replay(exec, batch, layer, input, replay);
+        }
+        let memory = if tape.inputs_only { &replay.memory } else { &tape.layers[layer] };
+        let pass = Pass { exec, batch, input, memory };
+        model.mlp_backward(&pass, layer, dh, grads, scratch);
+        let below = self.below_layers || layer > self.lowest;
+        model.attention_block_backward(&pass, layer, dh, grads, observer, below, scratch);
+    }
+}
+
 impl Model {
     /// Backward of [`forward_batch`](Self::forward_batch) from the gradient of the final normed hidden states; adds to `grads`. Stops as
     /// soon as neither a trainable parameter nor (with `observe_all`) an observer needs more. The same inputs give the same
@@ -90,49 +167,51 @@ impl Model {
         observer: &mut dyn GradObserver,
         observe_all: bool,
     ) {
+        let mut pass = self.start_backward(exec, batch, tape, dhidden, grads, observe_all);
+        while pass.advance(self, grads, observer).is_some() {}
+    }
+
+    /// [`backward`](Self::backward) in steps. The output projection's own gradient, which the caller made, should be in `grads` already.
+    ///
+    /// # Panics
+    /// As [`backward`](Self::backward).
+    pub fn start_backward<'a>(
+        &self,
+        exec: &'a Exec,
+        batch: &'a TokenBatch,
+        tape: &'a Tape,
+        dhidden: &[f32],
+        grads: &mut Grads,
+        observe_all: bool,
+    ) -> BackwardPass<'a> {
         let values = batch.rows() * self.config.d_model;
         assert_eq!(dhidden.len(), values, "gradient of {} rows", batch.rows());
+        let mut pass = BackwardPass {
+            exec,
+            batch,
+            tape,
+            dh: vec![0.0; values],
+            lowest: self.config.layers,
+            below_layers: grads.wants(self.layout.embed),
+            next: Next::End,
+            scratch: Scratch::default(),
+            replay: Replay::default(),
+        };
         if values == 0 {
-            return;
+            return pass;
         }
         assert_eq!(tape.last.len(), values, "the tape does not hold a complete pass over this batch");
-        let below_layers = grads.wants(self.layout.embed);
-        let lowest = if below_layers || observe_all {
-            Some(0)
-        } else {
-            (0..self.config.layers).find(|&l| self.layer_params(l).any(|id| grads.wants(id)))
+        pass.lowest = match pass.below_layers || observe_all {
+            true => 0,
+            false => (0..self.config.layers)
+                .find(|&l| self.layer_params(l).any(|id| grads.wants(id)))
+                .unwrap_or(self.config.layers),
         };
-        let mut dh = vec![0.0; values];
         let norm = self.layout.norm;
-        let weight = self.params.data(norm);
-        rms_norm_backward(
-            exec,
-            &tape.last,
-            weight,
-            self.config.rms_eps,
-            dhidden,
-            &mut dh,
-            grads.get_mut(norm),
-        );
-        let Some(lowest) = lowest else { return };
-        let (mut scratch, mut replay) = (Scratch::default(), Replay::default());
-        for layer in (lowest..self.config.layers).rev().filter(|&layer| !self.plan.is_skipped(layer)) {
-            let input = &tape.layers[layer].input;
-            if tape.inputs_only {
-                self.replay(exec, batch, layer, input, &mut replay);
-            }
-            let memory = if tape.inputs_only { &replay.memory } else { &tape.layers[layer] };
-            let pass = Pass { exec, batch, input, memory };
-            self.mlp_backward(&pass, layer, &mut dh, grads, &mut scratch);
-            let below = below_layers || layer > lowest;
-            self.attention_block_backward(&pass, layer, &mut dh, grads, observer, below, &mut scratch);
-        }
-        if let Some(grad) = grads.get_mut(self.layout.embed) {
-            let d_model = self.config.d_model;
-            for (&token, dh) in batch.tokens().iter().zip(dh.chunks_exact(d_model)) {
-                add(dh, &mut grad[token as usize * d_model..(token as usize + 1) * d_model]);
-            }
-        }
+        let (weight, eps) = (self.params.data(norm), self.config.rms_eps);
+        rms_norm_backward(exec, &tape.last, weight, eps, dhidden, &mut pass.dh, grads.get_mut(norm));
+        pass.next = Next::Top;
+        pass
     }
 
     /// Fills `replay.memory` with what the layer's forward pass over `input` would have left on a complete tape.

@@ -2,10 +2,10 @@
 
 use super::*;
 
-const BETAS: [f64; 3] = [0.25, 0.5, 1.0];
+pub(super) const BETAS: [f64; 3] = [0.25, 0.5, 1.0];
 
 /// Everything converted; best to worst: (1, 0), (0, 1), (0, 0), (1, 1).
-fn wide(base: &Model) -> Model {
+pub(super) fn wide(base: &Model) -> Model {
     let spec = spec(RecurrentKind::Mamba2);
     let mut plan = HeadPlan::empty(&base.config);
     (plan.mixer, plan.beta) = (Some(spec), 1.0);
