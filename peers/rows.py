@@ -84,24 +84,27 @@ def memory_rows():
 
 def train_rows():
     """Training steps against PyTorch's full-weight step on the same batch."""
+    early = "every weight, moments in bf16, updates in the backward pass"
+    steps = {
+        "full": "every weight", "full-bf16": "every weight, moments in bf16", "full-in-backward": early,
+        "full-half": f"{early}, 14 of 30 layers checkpointed", "full-lean": f"{early}, all layers checkpointed",
+        "align": "heads of all groups (align)", "align-mamba2": "Mamba-2 heads beside a window of 64 of all groups (align)",
+        "distill": "new heads of β 0.75 (distill)",
+    }
+    targets = {
+        ("full", "2x512"): 2.0, ("full", "1x2048"): 2.0, ("full-bf16", "2x512"): 2.0, ("full-in-backward", "2x512"): 2.0,
+        ("full-in-backward", "1x2048"): 2.0, ("full-half", "1x2048"): 2.0, ("full-lean", "2x512"): None, ("full-lean", "1x2048"): None,
+        ("align", "2x512"): 4.0, ("align", "1x2048"): None, ("align-mamba2", "2x512"): 4.0, ("distill", "2x512"): 1.5, ("distill", "1x2048"): None,
+    }
     rows = []
-    for step, shape, target in (
-        ("full", "2x512", 2.0), ("full", "1x2048", 2.0), ("full-bf16", "2x512", 2.0), ("full-bf16", "1x2048", 2.0),
-        ("full-lean", "2x512", None), ("align", "2x512", 4.0),
-        ("align", "1x2048", None), ("align-mamba2", "2x512", 4.0), ("align-mamba2", "1x2048", None), ("distill", "2x512", 1.5),
-        ("distill", "1x2048", None),
-    ):
-        what = {
-            "full": "every weight", "full-bf16": "every weight, moments in bf16",
-            "full-lean": "every weight, moments in bf16, checkpointed activations", "align": "heads of all groups (align)",
-            "align-mamba2": "Mamba-2 heads beside a window of 64 of all groups (align)", "distill": "new heads of β 0.75 (distill)",
-        }[step]
-        title = f"training step, {what}, {shape.replace('x', ' × ')} / PyTorch's step of every weight"
+    for (step, shape), target in targets.items():
+        title = f"training step, {steps[step]}, {shape.replace('x', ' × ')} / PyTorch's step of every weight"
         rows.append(Row(f"train/{step}/{shape}", title, (f"train/ours/{step}/{shape}:speed",), (f"train/torch/full/{shape}:speed",), target))
-    for step, how in (("full", ""), ("full-bf16", ", moments in bf16"), ("full-lean", ", moments in bf16, checkpointed activations")):
-        sides = [(f"train/ours/{step}/2x512:mib",), ("train/torch/full/2x512:mib",)]
-        title = f"peak memory of training every weight{how}, 2 × 512 / PyTorch"
-        rows.append(Row(f"train/memory/{step}", title, *sides, 0.5, "at-most-share", "MiB"))
+    for step, shape in targets:
+        if step.startswith("full"):
+            sides = [(f"train/ours/{step}/{shape}:mib",), (f"train/torch/full/{shape}:mib",)]
+            title = f"peak memory of training {steps[step]}, {shape.replace('x', ' × ')} / PyTorch"
+            rows.append(Row(f"train/memory/{step}/{shape}", title, *sides, 0.5, "at-most-share", "MiB"))
     return rows
 
 

@@ -1,5 +1,5 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-bf16, full-lean, distill, align, align-mamba2),
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-bf16, full-in-backward, full-half, full-lean, distill, align, align-mamba2),
 and gives a dictionary of metrics."""
 
 import json
@@ -142,9 +142,10 @@ class Runner:
             return {"speed": float(printed), "mib": mib}
         batch, length = shape.split("x")
         step, _, how = step.partition("-")
+        early = ["--moments", "bf16", "--optimizer-in-backward"]
         options = {
-            "": [], "bf16": ["--moments", "bf16"], "lean": ["--moments", "bf16", "--checkpoint-activations"],
-            "mamba2": ["--mixer", "mamba2", "--window", "64"],
+            "": [], "bf16": ["--moments", "bf16"], "in-backward": early, "half": [*early, "--checkpoint-activations", "14"],
+            "lean": [*early, "--checkpoint-activations", "all"], "mamba2": ["--mixer", "mamba2", "--window", "64"],
         }[how]
         command = self.tools.ours(
             "bench-train", "--model", MODEL, "--steps", step, "--batch", batch, "--context", length, "--repeats", str(TRAIN_STEPS), "--json",

@@ -354,6 +354,14 @@ pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
     Ok(())
 }
 
+/// `--checkpoint-activations`: a number of layers, or `all`, which is more than any model has.
+pub fn parse_layers(text: &str) -> Result<usize, String> {
+    match text {
+        "all" => Ok(usize::MAX),
+        _ => text.parse().map_err(|_| "expected a number of layers, or all".into()),
+    }
+}
+
 /// `--moments`.
 #[derive(clap::ValueEnum, Clone, Copy, Debug)]
 pub enum MomentsArg {

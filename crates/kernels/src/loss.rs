@@ -29,28 +29,55 @@ pub fn cross_entropy(
     );
     exec.parallel_items(row_tasks(nll, dlogits, vocab), |r, (nll, dlogits)| {
         let (row, target) = (&logits[r * vocab..][..vocab], targets[r]);
-        if target == IGNORED {
-            *nll = 0.0;
-            if let Some(dlogits) = dlogits {
-                dlogits.fill(0.0);
-            }
+        if let Some(dlogits) = dlogits {
+            dlogits.copy_from_slice(row);
+            dispatch!(exec.isa(), |s| *nll = row_in_place(s, dlogits, target, weight));
             return;
         }
-        assert!((target as usize) < vocab, "target {target} is not below the vocabulary's {vocab}");
-        dispatch!(exec.isa(), |s| {
-            let norm = match dlogits {
-                None => Softmax::of(s, row),
-                Some(dlogits) => {
-                    let norm = Softmax::with_terms(s, row, dlogits);
-                    let scale = weight * norm.inv_sum;
-                    dlogits.iter_mut().for_each(|d| *d *= scale);
-                    dlogits[target as usize] -= weight;
-                    norm
-                }
-            };
-            *nll = (norm.log_sum - f64::from(row[target as usize] - norm.max)) as f32;
-        });
+        *nll = 0.0;
+        if let Some(target) = counted(target, vocab) {
+            dispatch!(exec.isa(), |s| *nll = Softmax::of(s, row).nll(row[target]));
+        }
     });
+}
+
+/// [`cross_entropy`] with the gradient in the memory of the logits.
+pub fn cross_entropy_in_place(
+    exec: &Exec,
+    logits: &mut [f32],
+    vocab: usize,
+    targets: &[u32],
+    weight: f32,
+    nll: &mut [f32],
+) {
+    assert_eq!(nll.len(), targets.len(), "cross_entropy: rows");
+    exec.parallel_items(row_tasks(nll, Some(logits), vocab), |r, (nll, row)| {
+        let row = row.expect("every row is to be overwritten");
+        dispatch!(exec.isa(), |s| *nll = row_in_place(s, row, targets[r], weight));
+    });
+}
+
+/// Turns a row of logits into its gradient and returns its loss.
+#[inline(always)]
+fn row_in_place<S: Simd>(s: S, row: &mut [f32], target: u32, weight: f32) -> f32 {
+    let Some(target) = counted(target, row.len()) else {
+        row.fill(0.0);
+        return 0.0;
+    };
+    let (logit, norm) = (row[target], Softmax::leaving_terms(s, row));
+    let scale = weight * norm.inv_sum;
+    row.iter_mut().for_each(|d| *d *= scale);
+    row[target] -= weight;
+    norm.nll(logit)
+}
+
+/// The place of a target that is not [`IGNORED`].
+fn counted(target: u32, vocab: usize) -> Option<usize> {
+    if target == IGNORED {
+        return None;
+    }
+    assert!((target as usize) < vocab, "target {target} is not below the vocabulary's {vocab}");
+    Some(target as usize)
 }
 
 /// `KL(teacher ‖ student)` in nats per row, of the softmaxes of two `[rows, vocab]` logit matrices. With `dlogits`, writes or adds
@@ -129,20 +156,27 @@ impl Softmax {
         // Plain loops: an iterator's `sum` is compiled apart, without the instruction set.
         let mut sum = 0.0;
         for row in row.chunks(BLOCK) {
-            sum += exps(s, row, max, &mut terms[..row.len()]);
+            let terms = &mut terms[..row.len()];
+            terms.copy_from_slice(row);
+            sum += exps(s, terms, max);
         }
         Self::new(max, sum)
     }
 
-    /// The same, leaving `exp(x − max)` in `terms`.
+    /// The same, leaving `exp(x − max)` in place of `x`.
     #[inline(always)]
-    fn with_terms<S: Simd>(s: S, row: &[f32], terms: &mut [f32]) -> Self {
+    fn leaving_terms<S: Simd>(s: S, row: &mut [f32]) -> Self {
         let max = simd::max(row);
         let mut sum = 0.0;
-        for (row, terms) in row.chunks(BLOCK).zip(terms.chunks_mut(BLOCK)) {
-            sum += exps(s, row, max, terms);
+        for terms in row.chunks_mut(BLOCK) {
+            sum += exps(s, terms, max);
         }
         Self::new(max, sum)
+    }
+
+    /// The loss of a token with this logit.
+    fn nll(&self, logit: f32) -> f32 {
+        (self.log_sum - f64::from(logit - self.max)) as f32
     }
 
     fn new(max: f32, sum: f64) -> Self {
@@ -150,13 +184,13 @@ impl Softmax {
     }
 }
 
-/// Writes `exp(x − max)` and returns the sum.
+/// Turns every `x` into `exp(x − max)` and returns the sum.
 #[inline(always)]
-fn exps<S: Simd>(s: S, row: &[f32], max: f32, terms: &mut [f32]) -> f64 {
-    for (term, &x) in terms.iter_mut().zip(row) {
-        *term = simd::exp(s, x - max);
+fn exps<S: Simd>(s: S, row: &mut [f32], max: f32) -> f64 {
+    for x in row.iter_mut() {
+        *x = simd::exp(s, *x - max);
     }
-    f64::from(simd::sum(s, terms))
+    f64::from(simd::sum(s, row))
 }
 
 #[cfg(test)]

@@ -78,6 +78,18 @@ impl ParamStore {
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Param)> {
         self.params.iter().enumerate().map(|(i, p)| (ParamId(i), p))
     }
+    /// Gives parameters whose name, shape and bits are those of one in `other` its memory instead of their own.
+    pub fn share_equal(&mut self, other: &Self) {
+        let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+        for param in &mut self.params {
+            if let Some(theirs) = other.id(&param.name).map(|id| other.get(id))
+                && param.shape == theirs.shape
+                && same(&param.data, &theirs.data)
+            {
+                param.data = Arc::clone(&theirs.data);
+            }
+        }
+    }
     /// Number of parameters (tensors).
     pub fn len(&self) -> usize {
         self.params.len()
@@ -231,6 +243,23 @@ mod tests {
         assert_eq!((grads.get(a).unwrap(), grads.get(b).unwrap()), (&[1.0; 2][..], &[0.0; 2][..]));
         grads.clear();
         assert_eq!(grads.get_mut(a).unwrap(), [0.0; 2]);
+    }
+
+    #[test]
+    fn equal_values_are_shared_until_one_is_written() {
+        let store = |zero: f32, shape: Vec<usize>| {
+            let mut store = ParamStore::default();
+            store.insert("equal", vec![2], vec![1.0, 0.0]);
+            store.insert("zero", vec![1], vec![zero]);
+            store.insert("shaped", shape, vec![3.0, 4.0]);
+            store
+        };
+        let (mut ours, theirs) = (store(0.0, vec![2]), store(-0.0, vec![1, 2]));
+        ours.share_equal(&theirs);
+        let shared: Vec<bool> = ours.iter().map(|(id, param)| param.shares_with(theirs.get(id))).collect();
+        assert_eq!(shared, [true, false, false]);
+        ours.data_mut(ParamId(0))[0] = 7.0;
+        assert_eq!((ours.data(ParamId(0))[0], theirs.data(ParamId(0))[0]), (7.0, 1.0));
     }
 
     #[test]

@@ -191,7 +191,7 @@ fn checkpointed_tapes_give_the_same_bits() {
         for (name, model) in all_models(&config) {
             let ids = all_params(&model);
             let expected = gradients(&exec, &model, &ids);
-            let mut tape = Tape::checkpointed();
+            let mut tape = Tape::checkpointed(model.config.layers);
             let other = TokenBatch::equal(20, tokens(60, 3));
             model.forward_batch(&exec, &other, &mut NoObserver, Some(&mut tape)).unwrap();
             let found = gradients_of(&exec, &model, &ids, &mut tape, &mut NoObserver, false);

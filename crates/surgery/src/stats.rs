@@ -217,7 +217,7 @@ pub fn analyze(
         heads: vec![vec![HeadAccumulator::new(context); config.heads]; config.layers],
         forward,
     };
-    let (mut tape, mut similarity) = (Tape::checkpointed(), vec![0.0; config.layers]);
+    let (mut tape, mut similarity) = (Tape::checkpointed(config.layers), vec![0.0; config.layers]);
     progress.start("analyze", tokens as u64, "tokens");
     let mut found_sinks = Vec::new();
     for (index, sequence) in sequences.iter().enumerate() {

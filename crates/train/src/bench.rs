@@ -64,7 +64,7 @@ pub struct StepShape {
     /// Steps that count; one more comes first.
     pub steps: usize,
     /// As in [`HealOptions`]; `align` records nothing.
-    pub checkpoint_activations: bool,
+    pub checkpointed_layers: usize,
     /// As in [`HealOptions`], without clipping; `align` updates after all gradients.
     pub optimizer_in_backward: bool,
     /// As in [`HealOptions`]; those of `align` are in f32.
@@ -100,8 +100,7 @@ pub fn time_steps(
     shape: StepShape,
     progress: &mut dyn Progress,
 ) -> Result<StepSpeed> {
-    let StepShape { sequences, seq_len, steps, checkpoint_activations, optimizer_in_backward, moments } =
-        shape;
+    let StepShape { sequences, seq_len, steps, checkpointed_layers, optimizer_in_backward, moments } = shape;
     if sequences == 0 || seq_len < 2 || steps == 0 {
         return Err(TrainError::Argument(
             "a timed step needs a sequence of at least 2 tokens, and a step".into(),
@@ -128,7 +127,7 @@ pub fn time_steps(
     let defaults = HealOptions::default();
     let options = HealOptions {
         base_lr_scale: 1.0,
-        checkpoint_activations,
+        checkpointed_layers,
         optimizer_in_backward,
         clip: if optimizer_in_backward { 0.0 } else { defaults.clip },
         moments,
@@ -140,12 +139,12 @@ pub fn time_steps(
     match contestant {
         Contestant::Full(model) => {
             let options = HealOptions { stage: Stage::Continue, trainable: Trainable::All, ..options };
-            let trainer = Trainer::new(exec, &model, &model, &options)?;
+            let trainer = Trainer::new(exec, None, &model, &options)?;
             train(trainer, *model)?;
         }
         Contestant::Distill(hybrid, base) => {
             let options = HealOptions { trainable: Trainable::Heads, ..options };
-            train(Trainer::new(exec, base, hybrid, &options)?, hybrid.clone())?;
+            train(Trainer::new(exec, Some(base), hybrid, &options)?, hybrid.clone())?;
         }
         Contestant::Align(bank, base) => {
             let mut aligner = Timed::new(exec, base, bank)?;

@@ -53,7 +53,7 @@ fn ten_steps_agree_with_pytorch() {
         clip: golden.clip_global_norm,
         ..HealOptions::default()
     };
-    let mut trainer = Trainer::new(&exec, &base, &model, &options).unwrap();
+    let mut trainer = Trainer::new(&exec, Some(&base), &model, &options).unwrap();
     for (step, sequences) in golden.tokens.iter().enumerate() {
         let report = trainer.step(&mut model, &[batch(sequences)], golden.optimizer.lr).unwrap();
         let (loss, norm) = (golden.losses[step], golden.gradient_norms[step]);

@@ -1,6 +1,6 @@
 //! `bench-train`: speed of training steps.
 
-use crate::common::{MixerArg, MomentsArg, TrainExecArgs, check_context, load, usage};
+use crate::common::{MixerArg, MomentsArg, TrainExecArgs, check_context, load, parse_layers, usage};
 use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
@@ -51,10 +51,10 @@ pub struct Args {
     /// Tokens of the mixers' window.
     #[arg(long, default_value_t = DEFAULT.mixer.window)]
     window: usize,
-    /// Keep layers' inputs only and run every layer again in the backward pass: less memory, more time. Not for `align`, which has no
-    /// backward pass through layers.
-    #[arg(long)]
-    checkpoint_activations: bool,
+    /// Of this many layers [of all, without a number] keep the input only and run them again in the backward pass: less memory, more time. Not
+    /// for `align`, which has no backward pass through layers.
+    #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_value = "0", default_missing_value = "all", value_parser = parse_layers, hide_default_value = true)]
+    checkpoint_activations: usize,
     /// Update every parameter as soon as its gradient is complete, without clipping, and use that gradient's memory again: less memory and
     /// less time. Not for `align`.
     #[arg(long)]
@@ -88,7 +88,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         sequences: args.batch as usize,
         seq_len: args.context,
         steps: args.repeats as usize,
-        checkpoint_activations: args.checkpoint_activations,
+        checkpointed_layers: args.checkpoint_activations,
         optimizer_in_backward: args.optimizer_in_backward,
         moments: args.moments.into(),
     };

@@ -3,14 +3,16 @@
 mod recipe;
 
 use crate::common::{
-    DataArgs, Loaded, MomentsArg, TrainExecArgs, check_context, check_output, documents, load, usage,
+    DataArgs, Loaded, MomentsArg, TrainExecArgs, check_context, check_output, documents, load, open,
+    parse_layers, usage,
 };
 use crate::ui::Ui;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use model::Model;
 use std::path::PathBuf;
 use surgery::convert::save_model;
 use train::data::{SequenceStream, Split};
-use train::heal::{HealOptions, Stage, Trainable, heal};
+use train::heal::{HealOptions, Stage, Trainable, check_base, heal};
 
 /// Train a hybrid end to end, so that it matches its base again.
 ///
@@ -82,9 +84,10 @@ pub struct Args {
     /// Weight of the next-token loss (distill).
     #[arg(long, default_value_t = 0.0)]
     ce_weight: f32,
-    /// Keep layers' inputs only and run every layer again in the backward pass: the same result in less memory and more time.
-    #[arg(long)]
-    checkpoint_activations: bool,
+    /// Of this many layers [of all, without a number] keep the input only and run them again in the backward pass: the same result in less
+    /// memory and more time.
+    #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_value = "0", default_missing_value = "all", value_parser = parse_layers, hide_default_value = true)]
+    checkpoint_activations: usize,
     /// Update every parameter as soon as its gradient is complete and use that gradient's memory again: the same result in less memory and less
     /// time, but without clipping, and a gradient that is not finite ends the run at the state last saved.
     #[arg(long, conflicts_with = "accumulate")]
@@ -177,8 +180,9 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         return Err(usage(format!("--clip {clip} must be 0 or more")));
     }
     let exec = args.exec.exec()?;
-    let hybrid = load(model, ui)?;
-    let base = load(&args.base, ui)?;
+    let mut hybrid = load(model, ui)?;
+    let base = open(&args.base, ui)?;
+    check_base(&base.config, &hybrid.model.config)?;
     if hybrid.model.plan.converted() == 0 && args.train == Trainable::Heads {
         bail!(
             "{model} has no converted group, so there is no head to train\nhint: run convert first, or choose --train all"
@@ -187,9 +191,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     if hybrid.model.plan.elastic.is_some() && args.elastic.is_empty() {
         ui.say("note: the hybrid is elastic, and trained for its plan's own beta only it will not be any more; --elastic keeps it so");
     }
-    check_context(&base.model.config, args.context)?;
-    let documents =
-        documents(&DataArgs { data: args.data.clone() }, Split::Train, &base.checkpoint, &exec, ui)?;
+    check_context(&base.config, args.context)?;
+    let documents = documents(&DataArgs { data: args.data.clone() }, Split::Train, &base, &exec, ui)?;
     let mut stream = SequenceStream::new(&documents, args.context, args.seed)?;
     let defaults = HealOptions::default();
     let mut state_dir = args.out.clone().into_os_string();
@@ -210,7 +213,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             .unwrap_or(HealOptions::projection_lr_scale_beside(window)),
         elastic: args.elastic.clone(),
         seed: args.seed,
-        checkpoint_activations: args.checkpoint_activations,
+        checkpointed_layers: args.checkpoint_activations,
         optimizer_in_backward: args.optimizer_in_backward,
         clip: args.clip.unwrap_or(if args.optimizer_in_backward { 0.0 } else { defaults.clip }),
         moments: args.moments.into(),
@@ -219,8 +222,14 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         save_every_s: args.save_every,
         ..defaults
     };
+    let teacher = match args.stage {
+        StageArg::Distill => Some(Model::load(&base).with_context(|| format!("loading {}", args.base))?),
+        StageArg::Continue => None,
+    };
+    // What does not train is the base's.
+    teacher.iter().for_each(|base| hybrid.model.params.share_equal(&base.params));
     let Loaded { checkpoint, model: mut trained } = hybrid;
-    let metrics = heal(&exec, &base.model, &mut trained, &mut stream, &options, ui)?;
+    let metrics = heal(&exec, teacher.as_ref(), &mut trained, &mut stream, &options, ui)?;
     save_model(&checkpoint, &trained, &args.out, ui)?;
     if let (Some(first), Some(last)) = (metrics.first(), metrics.last())
         && args.elastic.is_empty()

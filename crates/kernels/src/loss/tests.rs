@@ -29,6 +29,9 @@ fn cross_entropy_agrees_with_naive() {
                 let mut only = vec![f32::NAN; rows];
                 cross_entropy(&exec, &logits, vocab, &targets, weight, &mut only, None);
                 assert_eq!(only, nll);
+                let (mut overwritten, mut own) = (logits, vec![f32::NAN; rows]);
+                cross_entropy_in_place(&exec, &mut overwritten, vocab, &targets, weight, &mut own);
+                assert!(overwritten == dlogits && own == nll);
             }
         }
     }

@@ -22,15 +22,21 @@ pub struct Tape {
     pub(super) layers: Vec<LayerTape>,
     /// Input of the final norm; empty until a pass ran through all layers.
     pub(super) last: Vec<f32>,
-    /// Layers keep their input only.
-    pub(super) inputs_only: bool,
+    /// This many of the lowest layers keep their input only.
+    inputs_only: usize,
 }
 
 impl Tape {
-    /// A tape on which every layer keeps its input alone; the backward pass runs each layer forward again (activation checkpointing). The
-    /// gradients are the same bits, for the time of another forward pass and the memory of one layer's activations instead of all.
-    pub fn checkpointed() -> Self {
-        Self { inputs_only: true, ..Self::default() }
+    /// A tape on which the lowest `layers` layers (all, where there are no more) keep their input alone; the backward pass runs each of them
+    /// forward again (activation checkpointing). The gradients are the same bits, for the time of their forward pass and the memory of one
+    /// layer's activations instead of theirs.
+    pub fn checkpointed(layers: usize) -> Self {
+        Self { inputs_only: layers, ..Self::default() }
+    }
+
+    /// Whether `layer` keeps its input only.
+    pub(super) fn forgets(&self, layer: usize) -> bool {
+        layer < self.inputs_only
     }
 
     /// The residual stream `[rows, d_model]` that came into `layer`, or, for the number of layers, out of the last one.
@@ -122,10 +128,10 @@ impl Model {
         if h.is_empty() {
             return Ok(h);
         }
-        let record = tape.as_deref().is_some_and(|tape| !tape.inputs_only);
-        let pass = Forward { exec, batch, record, gates, edits };
         let mut scratch = Scratch::default();
         for layer in 0..self.config.layers {
+            let record = tape.as_deref().is_some_and(|tape| !tape.forgets(layer));
+            let pass = Forward { exec, batch, record, gates, edits };
             let memory = match tape.as_deref_mut() {
                 Some(tape) => {
                     copy(

@@ -90,7 +90,7 @@ impl Model {
         assert_eq!(self.plan.converted(), 0, "gates are for base models");
         let fits = gates.alpha.iter().all(|layer| layer.len() == self.config.kv_heads);
         assert!(fits && gates.alpha.len() == self.config.layers, "one gate per layer and KV group");
-        assert!(!tape.inputs_only, "gated layers are not run again");
+        assert!(!tape.forgets(0), "gated layers are not run again");
         self.forward_pass(exec, batch, &mut NoObserver, Some(tape), (Some(gates), None))
     }
 

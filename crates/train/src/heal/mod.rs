@@ -8,7 +8,7 @@ mod trainer;
 #[cfg(test)]
 mod tests;
 
-pub use trainer::{StepReport, Trainer};
+pub use trainer::{StepReport, Trainer, check_base};
 
 use crate::data::SequenceStream;
 use crate::error::{Result, TrainError};
@@ -82,9 +82,9 @@ pub struct HealOptions {
     pub elastic: Vec<f64>,
     /// Seed of the LoRA initialisation and of the order of `elastic`.
     pub seed: u64,
-    /// Keep layers' inputs only and run every layer forward again in the backward pass ([`model::Tape::checkpointed`]): the same bits in less
-    /// memory and more time.
-    pub checkpoint_activations: bool,
+    /// Of this many layers keep the input only and run them forward again in the backward pass ([`model::Tape::checkpointed`]): the same bits in
+    /// less memory and more time. More than there are: of all.
+    pub checkpointed_layers: usize,
     /// Update every parameter as soon as its gradient is complete and use that gradient's memory again: the same bits as without, for the memory
     /// of one layer's gradients (and the embedding's) instead of all. Needs `clip` 0, `accumulate` 1 and no low-rank updates.
     pub optimizer_in_backward: bool,
@@ -127,7 +127,7 @@ impl Default for HealOptions {
             clip: 1.0,
             elastic: Vec::new(),
             seed: 0,
-            checkpoint_activations: false,
+            checkpointed_layers: 0,
             optimizer_in_backward: false,
             moments: MomentType::F32,
             state_dir: PathBuf::new(),
@@ -162,7 +162,7 @@ pub struct HealMetric {
     pub tokens_per_s: f64,
 }
 
-/// Trains `hybrid` in place (copying what it shares with `base`) and returns the metrics, those before an interruption included. Killed at
+/// Trains `hybrid` in place (copying what it shares with `base`, which only [`Stage::Distill`] needs) and returns the metrics, those before an interruption included. Killed at
 /// any moment and resumed with the hybrid it started from, it ends with the same bits as an uninterrupted run. At the end the hybrid's plan is marked
 /// with the betas that the run trained for, or unmarked when that was the plan's only.
 ///
@@ -174,7 +174,7 @@ pub struct HealMetric {
 /// [`TrainError::Interrupted`] with the state saved; whatever the disk refuses.
 pub fn heal(
     exec: &Exec,
-    base: &Model,
+    base: Option<&Model>,
     hybrid: &mut Model,
     data: &mut SequenceStream,
     options: &HealOptions,
@@ -200,7 +200,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn start(
         exec: &'a Exec,
-        base: &'a Model,
+        base: Option<&'a Model>,
         hybrid: &mut Model,
         data: &mut SequenceStream,
         options: &'a HealOptions,

@@ -7,15 +7,17 @@ use crate::error::{Result, TrainError};
 use crate::optim::{AnyMoments, MomentType, Moments, StepRule, clip_scale, sum_of_squares};
 use crate::teacher::teacher;
 use kernels::linear::RoundedWeight;
-use kernels::loss::{cross_entropy, kl_divergence};
+use kernels::loss::{cross_entropy, cross_entropy_in_place, kl_divergence};
 use kernels::{Exec, Store};
 use model::mixers::TensorClass;
 use model::plan::PlanModel;
-use model::{Engine, Grads, HeadPlan, Model, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
+use model::{Engine, Grads, HeadPlan, Model, ModelConfig, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
 use std::collections::{HashMap, HashSet};
 
 /// Rows of logits in memory at once.
 const LOGIT_ROWS: usize = 256;
+/// Values of a gradient whose squares one task sums, where there are not many gradients at once.
+const NORM_PIECE: usize = 1 << 18;
 /// A target that counts for no loss.
 const IGNORED: u32 = u32::MAX;
 
@@ -86,25 +88,21 @@ pub struct Trainer<'a> {
 struct LogitBuffers {
     own: Vec<f32>,
     teacher: Vec<f32>,
+    /// Unused without a teacher: the logits' memory serves for both.
     gradient: Vec<f32>,
     /// Losses.
     values: Vec<f32>,
 }
 
 impl<'a> Trainer<'a> {
-    /// Prepares to train what `options.trainable` says; uses its loss, optimiser and seed settings only.
+    /// Prepares to train what `options.trainable` says; uses its loss, optimiser and seed settings only. [`Stage::Distill`] needs the base.
     ///
     /// # Errors
-    /// [`TrainError::Argument`] when nothing would train, or `base` is not a model the hybrid could be made of;
+    /// [`TrainError::Argument`] when nothing would train, a base is missing, or is not a model the hybrid could be made of;
     /// [`TrainError::Model`] for betas of an elastic run that the hybrid's plan cannot be run at or that leave some of its heads untrained.
-    pub fn new(exec: &'a Exec, base: &Model, hybrid: &Model, options: &HealOptions) -> Result<Self> {
-        let (ours, theirs) = (PlanModel::of(&hybrid.config), PlanModel::of(&base.config));
-        if ours != theirs || hybrid.config.vocab != base.config.vocab {
-            return Err(TrainError::Argument(format!(
-                "the hybrid was not made of this base: expected {ours} and a vocabulary of {}, found {theirs} and {}\n\
-                 hint: give the model that was converted",
-                hybrid.config.vocab, base.config.vocab
-            )));
+    pub fn new(exec: &'a Exec, base: Option<&Model>, hybrid: &Model, options: &HealOptions) -> Result<Self> {
+        if let Some(base) = base {
+            check_base(&base.config, &hybrid.config)?;
         }
         let mut full = head_params(hybrid, options.projection_lr_scale, options.moments);
         let heads: HashSet<ParamId> = full.iter().map(|f| f.id).collect();
@@ -148,9 +146,12 @@ impl<'a> Trainer<'a> {
         };
         Ok(Self {
             exec,
-            teacher: match options.stage {
-                Stage::Distill { .. } => Some(teacher(exec, base)?),
-                Stage::Continue => None,
+            teacher: match (options.stage, base) {
+                (Stage::Distill { .. }, Some(base)) => Some(teacher(exec, base)?),
+                (Stage::Distill { .. }, None) => {
+                    return Err(TrainError::Argument("distillation needs the base".into()));
+                }
+                (Stage::Continue, _) => None,
             },
             stage: options.stage,
             betas: options.betas,
@@ -164,7 +165,7 @@ impl<'a> Trainer<'a> {
             full,
             low_rank,
             grads,
-            tape: if options.checkpoint_activations { Tape::checkpointed() } else { Tape::default() },
+            tape: Tape::checkpointed(options.checkpointed_layers),
             logits: LogitBuffers::default(),
             output: None,
             output_is_current: false,
@@ -287,8 +288,9 @@ impl<'a> Trainer<'a> {
                 // Zeros where nothing was added.
                 grads.get_mut(full[place].id);
             }
-            let tensors: Vec<&[f32]> = active.iter().filter_map(|&place| grads.get(full[place].id)).collect();
-            squares += sum_of_squares(exec, &tensors);
+            let gradients = active.iter().filter_map(|&place| grads.get(full[place].id));
+            let pieces: Vec<&[f32]> = gradients.flat_map(|gradient| gradient.chunks(NORM_PIECE)).collect();
+            squares += sum_of_squares(exec, &pieces);
             check_finite(step, "the gradient norm", squares)?;
             for place in active {
                 let full = &mut full[place];
@@ -358,19 +360,28 @@ impl<'a> Trainer<'a> {
             let range = chunk * LOGIT_ROWS * d_model..(chunk * LOGIT_ROWS + labels.len()) * d_model;
             let h = &hidden[range.clone()];
             hybrid.logits_into(exec, h, output, logits);
-            dlogits.resize(logits.len(), 0.0);
             values.resize(labels.len(), 0.0);
-            let next_token = teacher.is_none() || ce_weight != 0.0;
-            let gradient = next_token.then_some(dlogits.as_mut_slice());
-            cross_entropy(exec, logits, vocab, labels, ce_weight, values, gradient);
-            sums.ce += values.iter().map(|&v| f64::from(v)).sum::<f64>();
-            if let Some((engine, hidden)) = &teacher {
-                engine.logits_into(exec, &hidden[range], wanted);
-                let store = if next_token { Store::Accumulate } else { Store::Overwrite };
-                kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some((dlogits, store)));
-                sums.kl += values.iter().map(|&v| f64::from(v)).sum::<f64>();
-            }
-            dhidden.extend(hybrid.logits_backward(exec, h, dlogits, output, &mut self.grads));
+            let gradient = match &teacher {
+                None => {
+                    cross_entropy_in_place(exec, logits, vocab, labels, ce_weight, values);
+                    sums.ce += sum(values);
+                    &*logits
+                }
+                Some((engine, hidden)) => {
+                    dlogits.resize(logits.len(), 0.0);
+                    let (to, store) = match ce_weight != 0.0 {
+                        true => (Some(dlogits.as_mut_slice()), Store::Accumulate),
+                        false => (None, Store::Overwrite),
+                    };
+                    cross_entropy(exec, logits, vocab, labels, ce_weight, values, to);
+                    sums.ce += sum(values);
+                    engine.logits_into(exec, &hidden[range], wanted);
+                    kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some((dlogits, store)));
+                    sums.kl += sum(values);
+                    &*dlogits
+                }
+            };
+            dhidden.extend(hybrid.logits_backward(exec, h, gradient, output, &mut self.grads));
         }
         Ok(dhidden)
     }
@@ -431,6 +442,26 @@ impl Counts {
 struct LossSums {
     kl: f64,
     ce: f64,
+}
+
+fn sum(values: &[f32]) -> f64 {
+    values.iter().map(|&value| f64::from(value)).sum()
+}
+
+/// Whether a hybrid of this configuration can have been made of a base of that.
+///
+/// # Errors
+/// [`TrainError::Argument`].
+pub fn check_base(base: &ModelConfig, hybrid: &ModelConfig) -> Result<()> {
+    let (ours, theirs) = (PlanModel::of(hybrid), PlanModel::of(base));
+    if ours == theirs && hybrid.vocab == base.vocab {
+        return Ok(());
+    }
+    Err(TrainError::Argument(format!(
+        "the hybrid was not made of this base: expected {ours} and a vocabulary of {}, found {theirs} and {}\n\
+         hint: give the model that was converted",
+        hybrid.vocab, base.vocab
+    )))
 }
 
 fn check_finite(step: u64, what: &str, value: f64) -> Result<()> {

@@ -340,7 +340,7 @@ impl Run<'_> {
                 ..settings.options()
             };
             let mut stream = SequenceStream::new(self.train, settings.context, seeds.heal)?;
-            let metrics = heal(self.exec, self.base, &mut model, &mut stream, &options, progress)?;
+            let metrics = heal(self.exec, Some(self.base), &mut model, &mut stream, &options, progress)?;
             let source = Checkpoint::open(&files.hybrid)?;
             save_model(&source, &model, &files.healed, progress).map_err(resumable)?;
             (model, metrics)

@@ -219,7 +219,7 @@ fn by_hand(fixture: &Fixture, recipe: &Recipe, budget: &Budget, out: &Path) -> M
         ..recipe.heal.options()
     };
     let mut stream = SequenceStream::new(train, 32, 5 ^ 2).unwrap();
-    heal(exec, base, &mut hybrid, &mut stream, &options, &mut Silent).unwrap();
+    heal(exec, Some(base), &mut hybrid, &mut stream, &options, &mut Silent).unwrap();
     save_model(checkpoint, &hybrid, &out.join("healed"), &mut Silent).unwrap();
     hybrid
 }

@@ -40,7 +40,7 @@ fn labels_everywhere_train_as_healing_does() {
         };
         let (mut ours, mut theirs) = (start.clone(), start.clone());
         let mut trainer = LabelTrainer::new(&exec, &ours, ADAM);
-        let mut healer = Trainer::new(&exec, &start, &theirs, &options).unwrap();
+        let mut healer = Trainer::new(&exec, Some(&start), &theirs, &options).unwrap();
         for _ in 0..3 {
             let report = trainer.step(&mut ours, &batch(), &next_tokens(&batch()), 1e-3).unwrap();
             let expected = healer.step(&mut theirs, &[batch()], 1e-3).unwrap();

@@ -29,7 +29,7 @@ struct Pass<'a> {
     memory: &'a LayerTape,
 }
 
-/// A layer's forward pass run again, for tapes that keep inputs only; reused from layer to layer.
+/// A layer's forward pass run again, where the tape keeps its input only; reused from layer to layer.
 #[derive(Default)]
 struct Replay {
     memory: LayerTape,
@@ -139,10 +139,11 @@ impl BackwardPass<'_> {
         let Self { exec, batch, tape, dh, scratch, replay, .. } = self;
         let (exec, batch, tape) = (*exec, *batch, *tape);
         let input = &tape.layers[layer].input;
-        if tape.inputs_only {
+        let again = tape.forgets(layer);
+        if again {
             model.replay(exec, batch, layer, input, replay);
         }
-        let memory = if tape.inputs_only { &replay.memory } else { &tape.layers[layer] };
+        let memory = if again { &replay.memory } else { &tape.layers[layer] };
         let pass = Pass { exec, batch, input, memory };
         model.mlp_backward(&pass, layer, dh, grads, scratch);
         let below = self.below_layers || layer > self.lowest;

@@ -38,7 +38,7 @@ fn a_step_touches_the_groups_of_its_budget_only() {
     let base = tiny_model(&tiny_config(), 4);
     let mut hybrid = wide(&base);
     let options = elastic(Path::new(""), 12, Trainable::HeadsAndNorms);
-    let mut trainer = Trainer::new(&exec, &base, &hybrid, &options).unwrap();
+    let mut trainer = Trainer::new(&exec, Some(&base), &hybrid, &options).unwrap();
     let (mut data, own) = (stream(), hybrid.plan.clone());
     for _ in 0..12 {
         let (before, moments) =
@@ -72,7 +72,7 @@ fn a_step_is_the_step_of_a_model_of_that_plan() {
     for trainable in [Trainable::Heads, Trainable::HeadsAndNorms, Trainable::All] {
         let mut hybrid = wide(&base);
         let options = elastic(Path::new(""), 12, trainable);
-        let mut trainer = Trainer::new(&exec, &base, &hybrid, &options).unwrap();
+        let mut trainer = Trainer::new(&exec, Some(&base), &hybrid, &options).unwrap();
         let (mut data, mut seen, mut late) = (stream(), Vec::new(), 0);
         for step in 1..=3 {
             let before = hybrid.clone();
@@ -82,7 +82,7 @@ fn a_step_is_the_step_of_a_model_of_that_plan() {
             // All that trained before, the base included, is in the starting point.
             let mut twin = narrow(&before, &before, beta);
             let plain = HealOptions { elastic: Vec::new(), ..options.clone() };
-            let mut alone = Trainer::new(&exec, &base, &twin, &plain).unwrap();
+            let mut alone = Trainer::new(&exec, Some(&base), &twin, &plain).unwrap();
             let expected = alone.step(&mut twin, &batches, 1e-2).unwrap();
             assert_eq!((report.loss, report.kl), (expected.loss, expected.kl));
             assert_eq!(report.grad_norm, expected.grad_norm);
@@ -107,7 +107,7 @@ fn budgets_come_equally_often_and_the_plan_is_marked() {
     let mut hybrid = start.clone();
     let options = HealOptions { elastic: vec![1.0, 0.25, 0.5], ..elastic(dir.path(), 60, Trainable::Heads) };
     let options = HealOptions { lr: 1e-2, ..options };
-    let metrics = heal(&exec, &base, &mut hybrid, &mut long_stream(), &options, &mut Silent).unwrap();
+    let metrics = heal(&exec, Some(&base), &mut hybrid, &mut long_stream(), &options, &mut Silent).unwrap();
     for beta in BETAS {
         assert_eq!(metrics.iter().filter(|m| m.beta == Some(beta)).count(), 20);
         let (before, after) = (narrow(&base, &start, beta), narrow(&base, &hybrid, beta));
@@ -117,7 +117,7 @@ fn budgets_come_equally_often_and_the_plan_is_marked() {
     assert_eq!(hybrid.plan.elastic.as_ref().unwrap().betas, BETAS);
     // Trained for its own beta again, it is elastic no more, and its metrics name no beta.
     let plain = HealOptions { elastic: Vec::new(), ..options };
-    let metrics = heal(&exec, &base, &mut hybrid, &mut stream(), &plain, &mut Silent).unwrap();
+    let metrics = heal(&exec, Some(&base), &mut hybrid, &mut stream(), &plain, &mut Silent).unwrap();
     assert_eq!((hybrid.plan.elastic, metrics[0].beta), (None, None));
     let log = std::fs::read_to_string(dir.path().join("heal/metrics.jsonl")).unwrap();
     assert!(!log.contains("beta"));
@@ -136,7 +136,7 @@ fn interrupted_or_killed_it_ends_with_the_same_bits() {
         let dir = tempfile::tempdir().unwrap();
         let mut whole = start.clone();
         let options = HealOptions { stage, ..elastic(dir.path(), 10, trainable) };
-        let expected = heal(&exec, &base, &mut whole, &mut stream(), &options, &mut Silent).unwrap();
+        let expected = heal(&exec, Some(&base), &mut whole, &mut stream(), &options, &mut Silent).unwrap();
 
         let dir = tempfile::tempdir().unwrap();
         let options = HealOptions {
@@ -147,7 +147,7 @@ fn interrupted_or_killed_it_ends_with_the_same_bits() {
         };
         let run = |progress: &mut dyn Progress| {
             let mut hybrid = start.clone();
-            heal(&exec, &base, &mut hybrid, &mut stream(), &options, progress).map(|m| (hybrid, m))
+            heal(&exec, Some(&base), &mut hybrid, &mut stream(), &options, progress).map(|m| (hybrid, m))
         };
         killed(|| run(&mut DieAfter(2)));
         assert!(matches!(run(&mut StopAfter::new(3)), Err(TrainError::Interrupted)));
@@ -162,7 +162,7 @@ fn interrupted_or_killed_it_ends_with_the_same_bits() {
 
         let other = HealOptions { elastic: vec![0.5, 1.0], ..options.clone() };
         for other in [other, HealOptions { elastic: Vec::new(), ..options.clone() }] {
-            let refused = heal(&exec, &base, &mut start.clone(), &mut stream(), &other, &mut Silent);
+            let refused = heal(&exec, Some(&base), &mut start.clone(), &mut stream(), &other, &mut Silent);
             assert!(refused.unwrap_err().to_string().contains("`elastic`"));
         }
     }
@@ -174,7 +174,7 @@ fn budgets_that_cannot_be_trained_are_named() {
     let base = tiny_model(&tiny_config(), 9);
     let refused = |hybrid: &Model, betas: &[f64], trainable| {
         let options = HealOptions { elastic: betas.to_vec(), trainable, ..HealOptions::default() };
-        Trainer::new(&exec, &base, hybrid, &options).err().map(|e| e.to_string())
+        Trainer::new(&exec, Some(&base), hybrid, &options).err().map(|e| e.to_string())
     };
     let all = wide(&base);
     for (betas, words) in [

@@ -11,23 +11,23 @@ fn unclipped(dir: &Path, steps: u64) -> HealOptions {
 /// Both ways give the same weights, moments and losses, with and without checkpointed activations.
 fn check_twins(base: &Model, start: &Model, options: HealOptions) {
     let exec = Exec::new(2).unwrap();
-    let train = |optimizer_in_backward, checkpoint_activations| {
+    let train = |optimizer_in_backward, checkpointed_layers| {
         let dir = tempfile::tempdir().unwrap();
         let mut hybrid = start.clone();
         let options = HealOptions {
             optimizer_in_backward,
-            checkpoint_activations,
+            checkpointed_layers,
             weight_decay: 0.1,
             ..HealOptions { state_dir: dir.path().join("heal"), ..options.clone() }
         };
-        let metrics = heal(&exec, base, &mut hybrid, &mut stream(), &options, &mut Silent).unwrap();
+        let metrics = heal(&exec, Some(base), &mut hybrid, &mut stream(), &options, &mut Silent).unwrap();
         let state = std::fs::read(options.state_dir.join("state.safetensors")).unwrap();
         (values(&hybrid), state, metrics)
     };
     let what = format!("{:?}, {:?}, {:?}", start.plan.mixer, options.trainable, options.stage);
-    let (expected, expected_state, expected_metrics) = train(false, false);
+    let (expected, expected_state, expected_metrics) = train(false, 0);
     assert!(expected != values(start), "{what}");
-    for checkpointed in [false, true] {
+    for checkpointed in [0, 1] {
         let (found, state, metrics) = train(true, checkpointed);
         assert!(found == expected, "{what}");
         assert!(state == expected_state, "{what}: moments");
@@ -95,7 +95,7 @@ fn skipped_layers_decay_all_the_same() {
             weight_decay: 0.1,
             ..unclipped(dir.path(), 3)
         };
-        heal(&exec, &base, &mut hybrid, &mut stream(), &options, &mut Silent).unwrap();
+        heal(&exec, Some(&base), &mut hybrid, &mut stream(), &options, &mut Silent).unwrap();
         assert_eq!(changed(&base, &hybrid).len(), base.params.len());
         values(&hybrid)
     };
@@ -115,7 +115,7 @@ fn nan_keeps_the_state_last_saved() {
     };
     let run = |progress: &mut dyn Progress| {
         let mut data = SequenceStream::new(&documents, SEQ, 7).unwrap();
-        heal(&exec, &base, &mut start.clone(), &mut data, &options, progress).unwrap_err()
+        heal(&exec, Some(&base), &mut start.clone(), &mut data, &options, progress).unwrap_err()
     };
     assert!(matches!(run(&mut StopAfter::new(bad - 1)), TrainError::Interrupted));
     let state = || std::fs::read(options.state_dir.join("state.safetensors")).unwrap();
@@ -140,7 +140,7 @@ fn gradients_that_are_not_finite_are_not_applied() {
         optimizer_in_backward: true,
         ..unclipped(dir.path(), 1)
     };
-    let mut trainer = Trainer::new(&exec, &base, &hybrid, &options).unwrap();
+    let mut trainer = Trainer::new(&exec, Some(&base), &hybrid, &options).unwrap();
     let error = trainer.step(&mut hybrid, &[stream().next_batch(1)], 1e-3).unwrap_err();
     assert!(
         matches!(&error, TrainError::NonFinite { step: 1, what } if what == "the gradient norm"),
@@ -162,11 +162,11 @@ fn what_it_cannot_do_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let good =
         HealOptions { trainable: Trainable::All, optimizer_in_backward: true, ..unclipped(dir.path(), 1) };
-    let refused = |options: HealOptions| match Trainer::new(&exec, &base, &base, &options) {
+    let refused = |options: HealOptions| match Trainer::new(&exec, Some(&base), &base, &options) {
         Ok(_) => panic!("accepted"),
         Err(error) => error.to_string(),
     };
-    assert!(Trainer::new(&exec, &base, &base, &good).is_ok());
+    assert!(Trainer::new(&exec, Some(&base), &base, &good).is_ok());
     assert!(refused(HealOptions { clip: 1.0, ..good.clone() }).contains("hint: turn clipping off"));
     assert!(refused(HealOptions { accumulate: 2, ..good.clone() }).contains("micro-batches"));
     assert!(refused(HealOptions { trainable: Trainable::Lora(2), ..good }).contains("low-rank"));

@@ -17,7 +17,7 @@ fn packed_documents_train_as_documents_one_by_one() {
         let hybrid = hybrid_of(&base, spec);
         for stage in [Stage::Distill { kl: 0.7, ce: 0.3 }, Stage::Continue] {
             let options = HealOptions { stage, trainable: Trainable::All, ..HealOptions::default() };
-            let mut trainer = Trainer::new(&exec, &base, &hybrid, &options).unwrap();
+            let mut trainer = Trainer::new(&exec, Some(&base), &hybrid, &options).unwrap();
             let mut report = |batches: &[TokenBatch]| {
                 let StepReport { loss, kl, ce, grad_norm, .. } =
                     trainer.accumulate(&hybrid, batches).unwrap();
