@@ -8,6 +8,7 @@ mod errors;
 mod export;
 mod likelihood;
 mod logits;
+mod memory;
 mod mqar;
 mod pipeline;
 mod quickstart;
