@@ -2,6 +2,7 @@
 
 mod elastic;
 mod lora;
+mod losses;
 mod state;
 mod trainer;
 

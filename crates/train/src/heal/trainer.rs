@@ -2,24 +2,18 @@
 
 use super::elastic::Budgets;
 use super::lora::{Factors, TARGETS};
-use super::{HealOptions, Stage, Trainable};
+use super::losses::{Counts, LossSums, Losses};
+use super::{HealOptions, Trainable};
 use crate::error::{Result, TrainError};
 use crate::optim::{AnyMoments, MomentType, Moments, StepRule, clip_scale, sum_of_squares};
-use crate::teacher::teacher;
-use kernels::linear::RoundedWeight;
-use kernels::loss::{cross_entropy, cross_entropy_in_place, kl_divergence};
-use kernels::{Exec, Store};
+use kernels::Exec;
 use model::mixers::TensorClass;
 use model::plan::PlanModel;
-use model::{Engine, Grads, HeadPlan, Model, ModelConfig, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
+use model::{Grads, HeadPlan, Model, ModelConfig, NoObserver, ParamId, ParamStore, Tape, TokenBatch};
 use std::collections::{HashMap, HashSet};
 
-/// Rows of logits in memory at once.
-const LOGIT_ROWS: usize = 256;
 /// Values of a gradient whose squares one task sums, where there are not many gradients at once.
 const NORM_PIECE: usize = 1 << 18;
-/// A target that counts for no loss.
-const IGNORED: u32 = u32::MAX;
 
 /// What an optimiser step computed, means over its tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,9 +53,6 @@ pub(super) struct LowRank {
 /// Optimiser state and buffers of a hybrid in training. The hybrid itself is passed to every step and must be the same.
 pub struct Trainer<'a> {
     exec: &'a Exec,
-    /// The base, when it teaches.
-    teacher: Option<Engine>,
-    stage: Stage,
     betas: (f32, f32),
     weight_decay: f32,
     clip: f32,
@@ -76,22 +67,7 @@ pub struct Trainer<'a> {
     original: ParamStore,
     grads: Grads,
     tape: Tape,
-    logits: LogitBuffers,
-    /// The output projection, once it was rounded; nothing in f32.
-    output: Option<RoundedWeight>,
-    /// Whether `output` is of the present weights.
-    output_is_current: bool,
-}
-
-/// Of [`LOGIT_ROWS`] rows, reused from chunk to chunk.
-#[derive(Default)]
-struct LogitBuffers {
-    own: Vec<f32>,
-    teacher: Vec<f32>,
-    /// Unused without a teacher: the logits' memory serves for both.
-    gradient: Vec<f32>,
-    /// Losses.
-    values: Vec<f32>,
+    losses: Losses,
 }
 
 impl<'a> Trainer<'a> {
@@ -146,14 +122,6 @@ impl<'a> Trainer<'a> {
         };
         Ok(Self {
             exec,
-            teacher: match (options.stage, base) {
-                (Stage::Distill { .. }, Some(base)) => Some(teacher(exec, base)?),
-                (Stage::Distill { .. }, None) => {
-                    return Err(TrainError::Argument("distillation needs the base".into()));
-                }
-                (Stage::Continue, _) => None,
-            },
-            stage: options.stage,
             betas: options.betas,
             weight_decay: options.weight_decay,
             clip: options.clip,
@@ -166,9 +134,7 @@ impl<'a> Trainer<'a> {
             low_rank,
             grads,
             tape: Tape::checkpointed(options.checkpointed_layers),
-            logits: LogitBuffers::default(),
-            output: None,
-            output_is_current: false,
+            losses: Losses::new(exec, options.stage, base)?,
         })
     }
 
@@ -216,7 +182,9 @@ impl<'a> Trainer<'a> {
         check_finite(step, "the loss", report.loss)?;
         check_finite(step, "the gradient norm", report.grad_norm)?;
         self.steps = step;
-        self.output_is_current &= !self.grads.wants(hybrid.output_param());
+        if self.grads.wants(hybrid.output_param()) {
+            self.losses.output_changes();
+        }
         if self.optimizer_in_backward {
             return Ok(report);
         }
@@ -247,8 +215,8 @@ impl<'a> Trainer<'a> {
         let counts = Counts::of(batches);
         let mut sums = LossSums::default();
         for batch in batches {
-            let dhidden = self.losses(hybrid, batch, counts, &mut sums)?;
-            let Self { exec, tape, grads, .. } = self;
+            let Self { exec, tape, grads, losses, .. } = self;
+            let dhidden = losses.backpropagate(exec, hybrid, batch, counts, (tape, grads), &mut sums)?;
             hybrid.backward(exec, batch, tape, &dhidden, grads, &mut NoObserver, false);
         }
         self.grads.settle();
@@ -262,7 +230,7 @@ impl<'a> Trainer<'a> {
             tensors.extend([low_rank.grads.a.as_slice(), low_rank.grads.b.as_slice()]);
         }
         let grad_norm = sum_of_squares(self.exec, &tensors).sqrt();
-        Ok(self.report(sums, counts, grad_norm))
+        Ok(self.losses.report(sums, counts, grad_norm))
     }
 
     /// Loss, gradients and update of one batch: every parameter is updated as soon as its gradient is complete, in whose memory the next layer's
@@ -272,8 +240,9 @@ impl<'a> Trainer<'a> {
         self.grads.clear();
         let counts = Counts::of(std::slice::from_ref(batch));
         let mut sums = LossSums::default();
-        let dhidden = self.losses(hybrid, batch, counts, &mut sums)?;
-        check_finite(step, "the loss", self.report(sums, counts, 0.0).loss)?;
+        let pass = (&mut self.tape, &mut self.grads);
+        let dhidden = self.losses.backpropagate(self.exec, hybrid, batch, counts, pass, &mut sums)?;
+        check_finite(step, "the loss", self.losses.report(sums, counts, 0.0).loss)?;
         let rule = self.rule(step, 1.0);
         let mut places: HashMap<ParamId, usize> =
             self.full.iter().enumerate().map(|(place, full)| (full.id, place)).collect();
@@ -310,80 +279,7 @@ impl<'a> Trainer<'a> {
         let mut rest: Vec<usize> = places.into_values().collect();
         rest.sort_unstable();
         update(&rest, grads, hybrid)?;
-        Ok(self.report(sums, counts, squares.sqrt()))
-    }
-
-    fn report(&self, sums: LossSums, counts: Counts, grad_norm: f64) -> StepReport {
-        let ce = sums.ce / counts.targets.max(1) as f64;
-        let (loss, kl) = match self.stage {
-            Stage::Continue => (ce, None),
-            Stage::Distill { kl: kl_weight, ce: ce_weight } => {
-                let kl = sums.kl / counts.rows.max(1) as f64;
-                (f64::from(kl_weight) * kl + f64::from(ce_weight) * ce, Some(kl))
-            }
-        };
-        StepReport { loss, kl, ce, grad_norm, beta: None }
-    }
-
-    /// Forward pass of one micro-batch of a step of `counts`, and as far back as the final hidden states, whose gradient it returns. Adds its
-    /// losses to `sums`.
-    fn losses(
-        &mut self,
-        hybrid: &Model,
-        batch: &TokenBatch,
-        counts: Counts,
-        sums: &mut LossSums,
-    ) -> Result<Vec<f32>> {
-        let exec = self.exec;
-        let (vocab, d_model) = (hybrid.config.vocab, hybrid.config.d_model);
-        let teacher = match &self.teacher {
-            Some(engine) => Some((engine, engine.observe(exec, batch, &mut |_, _, _| {})?)),
-            None => None,
-        };
-        let (rows, targets) = (counts.rows.max(1) as f32, counts.targets.max(1) as f32);
-        let (kl_weight, ce_weight) = match self.stage {
-            Stage::Distill { kl, ce } => (kl / rows, ce / targets),
-            Stage::Continue => (0.0, 1.0 / targets),
-        };
-        let hidden = hybrid.forward_batch(exec, batch, &mut NoObserver, Some(&mut self.tape))?;
-        let labels = next_tokens(batch);
-        if !std::mem::replace(&mut self.output_is_current, true) {
-            match &mut self.output {
-                Some(rounded) => rounded.set(exec, hybrid.output_weight()),
-                None => self.output = RoundedWeight::new(exec, hybrid.output_weight()),
-            }
-        }
-        let output = self.output.as_ref();
-        let mut dhidden = Vec::with_capacity(hidden.len());
-        let LogitBuffers { own: logits, teacher: wanted, gradient: dlogits, values } = &mut self.logits;
-        for (chunk, labels) in labels.chunks(LOGIT_ROWS).enumerate() {
-            let range = chunk * LOGIT_ROWS * d_model..(chunk * LOGIT_ROWS + labels.len()) * d_model;
-            let h = &hidden[range.clone()];
-            hybrid.logits_into(exec, h, output, logits);
-            values.resize(labels.len(), 0.0);
-            let gradient = match &teacher {
-                None => {
-                    cross_entropy_in_place(exec, logits, vocab, labels, ce_weight, values);
-                    sums.ce += sum(values);
-                    &*logits
-                }
-                Some((engine, hidden)) => {
-                    dlogits.resize(logits.len(), 0.0);
-                    let (to, store) = match ce_weight != 0.0 {
-                        true => (Some(dlogits.as_mut_slice()), Store::Accumulate),
-                        false => (None, Store::Overwrite),
-                    };
-                    cross_entropy(exec, logits, vocab, labels, ce_weight, values, to);
-                    sums.ce += sum(values);
-                    engine.logits_into(exec, &hidden[range], wanted);
-                    kl_divergence(exec, wanted, logits, vocab, kl_weight, values, Some((dlogits, store)));
-                    sums.kl += sum(values);
-                    &*dlogits
-                }
-            };
-            dhidden.extend(hybrid.logits_backward(exec, h, gradient, output, &mut self.grads));
-        }
-        Ok(dhidden)
+        Ok(self.losses.report(sums, counts, squares.sqrt()))
     }
 
     /// Writes `W₀ + s·B·A` of every low-rank update into the hybrid.
@@ -417,35 +313,6 @@ impl Full {
         let rule = StepRule { step: self.updates, ..rule };
         rule.apply_any(exec, lr * self.lr_scale, grad, params.data_mut(self.id), &mut self.moments);
     }
-}
-
-/// Positions of a step, over which losses are means.
-#[derive(Clone, Copy)]
-struct Counts {
-    rows: usize,
-    /// Those with a next token.
-    targets: usize,
-}
-
-impl Counts {
-    fn of(batches: &[TokenBatch]) -> Self {
-        let sequences = batches.iter().flat_map(TokenBatch::iter);
-        Self {
-            rows: batches.iter().map(TokenBatch::rows).sum(),
-            targets: sequences.map(|s| s.len().saturating_sub(1)).sum(),
-        }
-    }
-}
-
-/// Sums over positions.
-#[derive(Clone, Copy, Default)]
-struct LossSums {
-    kl: f64,
-    ce: f64,
-}
-
-fn sum(values: &[f32]) -> f64 {
-    values.iter().map(|&value| f64::from(value)).sum()
 }
 
 /// Whether a hybrid of this configuration can have been made of a base of that.
@@ -511,10 +378,4 @@ fn head_params(hybrid: &Model, projection_lr_scale: f32, moments: MomentType) ->
         }
     }
     out
-}
-
-/// The token each position predicts; the last of a sequence predicts none.
-pub(super) fn next_tokens(batch: &TokenBatch) -> Vec<u32> {
-    let sequences = batch.iter().filter(|sequence| !sequence.is_empty());
-    sequences.flat_map(|sequence| sequence[1..].iter().copied().chain(std::iter::once(IGNORED))).collect()
 }

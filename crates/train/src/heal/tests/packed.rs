@@ -38,5 +38,5 @@ fn packed_documents_train_as_documents_one_by_one() {
 fn no_target_lies_beyond_a_boundary() {
     let batch: TokenBatch = [&[1, 2, 3][..], &[], &[4], &[5, 6]].into_iter().collect();
     let nothing = u32::MAX;
-    assert_eq!(trainer::next_tokens(&batch), [2, 3, nothing, nothing, 6, nothing]);
+    assert_eq!(losses::next_tokens(&batch), [2, 3, nothing, nothing, 6, nothing]);
 }
