@@ -71,7 +71,7 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// Prepares to train what `options.trainable` says; uses its loss, optimiser and seed settings only. [`Stage::Distill`] needs the base.
+    /// Prepares to train what `options.trainable` says; uses its loss, optimiser and seed settings only. [`Stage::Distill`](super::Stage::Distill) needs the base.
     ///
     /// # Errors
     /// [`TrainError::Argument`] when nothing would train, a base is missing, or is not a model the hybrid could be made of;
