@@ -271,8 +271,13 @@ pub fn open(arg: &str, ui: &Ui) -> Result<Checkpoint> {
 /// Opens and loads a model argument.
 pub fn load(arg: &str, ui: &Ui) -> Result<Loaded> {
     let checkpoint = open(arg, ui)?;
-    let model = Model::load(&checkpoint).with_context(|| format!("loading {arg}"))?;
+    let model = load_weights(&checkpoint, arg)?;
     Ok(Loaded { checkpoint, model })
+}
+
+/// The weights of a model argument that is open.
+pub fn load_weights(checkpoint: &Checkpoint, arg: &str) -> Result<Model> {
+    Model::load(checkpoint).with_context(|| format!("loading {arg}"))
 }
 
 /// All documents of the data arguments. Token ids from `.npy` files are checked against the vocabulary.

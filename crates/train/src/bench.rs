@@ -124,14 +124,13 @@ pub fn time_steps(
         }
         Ok(())
     };
-    let defaults = HealOptions::default();
     let options = HealOptions {
         base_lr_scale: 1.0,
         checkpointed_layers,
         optimizer_in_backward,
-        clip: if optimizer_in_backward { 0.0 } else { defaults.clip },
+        clip: HealOptions::default_clip(optimizer_in_backward),
         moments,
-        ..defaults
+        ..HealOptions::default()
     };
     let mut train = |mut trainer: Trainer<'_>, mut trained: Model| {
         timed(&mut |batch| trainer.step(&mut trained, std::slice::from_ref(batch), LR).map(drop))

@@ -50,5 +50,16 @@ impl From<tasks::TaskError> for TrainError {
     }
 }
 
+impl TrainError {
+    /// # Errors
+    /// [`TrainError::NonFinite`].
+    pub(crate) fn check_finite(step: u64, what: &str, value: f64) -> Result<()> {
+        match value.is_finite() {
+            true => Ok(()),
+            false => Err(Self::NonFinite { step, what: what.into() }),
+        }
+    }
+}
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, TrainError>;

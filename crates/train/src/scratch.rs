@@ -3,7 +3,7 @@
 use crate::error::{Result, TrainError};
 use crate::optim::{Moments, StepRule, clip_scale, sum_of_squares};
 use kernels::Exec;
-use kernels::loss::{IGNORED, cross_entropy};
+use kernels::loss::{IGNORED, cross_entropy_in_place};
 use model::mixers::{self, HeadLayout, HeadTensors};
 use model::{
     Grads, GroupMixer, HeadPlan, MixerSpec, Model, ModelConfig, NoObserver, ParamId, ParamStore, Tape,
@@ -176,11 +176,8 @@ impl<'a> LabelTrainer<'a> {
     ) -> Result<LabelReport> {
         let report = self.accumulate(model, batch, labels)?;
         let step = self.steps + 1;
-        for (what, value) in [("the loss", report.loss), ("the gradient norm", report.grad_norm)] {
-            if !value.is_finite() {
-                return Err(TrainError::NonFinite { step, what: what.into() });
-            }
-        }
+        TrainError::check_finite(step, "the loss", report.loss)?;
+        TrainError::check_finite(step, "the gradient norm", report.grad_norm)?;
         self.steps = step;
         let rule = StepRule {
             betas: self.optimiser.betas,
@@ -244,20 +241,19 @@ fn labelled(
     let asked: Vec<usize> = (0..labels.len()).filter(|&row| labels[row] != IGNORED).collect();
     let weight = 1.0 / asked.len().max(1) as f32;
     let (mut loss, mut correct) = (0.0, 0);
-    let (mut logits, mut dlogits) = (Vec::new(), Vec::new());
+    let mut logits = Vec::new();
     for rows in asked.chunks(LOGIT_ROWS) {
         let h: Vec<f32> =
             rows.iter().flat_map(|row| &hidden[row * width..(row + 1) * width]).copied().collect();
         let targets: Vec<u32> = rows.iter().map(|&row| labels[row]).collect();
         model.logits_into(exec, &h, None, &mut logits);
-        dlogits.resize(logits.len(), 0.0);
-        let mut nll = vec![0.0; rows.len()];
-        cross_entropy(exec, &logits, vocab, &targets, weight, &mut nll, Some(&mut dlogits));
-        loss += nll.iter().map(|&x| f64::from(x)).sum::<f64>();
         // The label's logit is the largest exactly when no other is larger.
         let best = |(row, &target): (&[f32], &u32)| row.iter().all(|&x| x <= row[target as usize]);
         correct += logits.chunks(vocab).zip(&targets).filter(|pair| best(*pair)).count();
-        backward(rows, &h, &dlogits);
+        let mut nll = vec![0.0; rows.len()];
+        cross_entropy_in_place(exec, &mut logits, vocab, &targets, weight, &mut nll);
+        loss += nll.iter().map(|&x| f64::from(x)).sum::<f64>();
+        backward(rows, &h, &logits);
     }
     LabelReport { loss: loss / asked.len().max(1) as f64, correct, labels: asked.len(), grad_norm: 0.0 }
 }

@@ -55,8 +55,8 @@ pub struct Args {
     /// for `align`, which has no backward pass through layers.
     #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_value = "0", default_missing_value = "all", value_parser = parse_layers, hide_default_value = true)]
     checkpoint_activations: usize,
-    /// Update every parameter as soon as its gradient is complete, without clipping, and use that gradient's memory again: less memory and
-    /// less time. Not for `align`.
+    /// Update every parameter as soon as its gradient is complete, without clipping, and use that gradient's memory again: less memory.
+    /// Not for `align`.
     #[arg(long)]
     optimizer_in_backward: bool,
     /// What the optimiser's moments are kept in; those of `align` are in f32.

@@ -3,12 +3,11 @@
 mod recipe;
 
 use crate::common::{
-    DataArgs, Loaded, MomentsArg, TrainExecArgs, check_context, check_output, documents, load, open,
-    parse_layers, usage,
+    DataArgs, Loaded, MomentsArg, TrainExecArgs, check_context, check_output, documents, load, load_weights,
+    open, parse_layers, usage,
 };
 use crate::ui::Ui;
-use anyhow::{Context, Result, bail};
-use model::Model;
+use anyhow::{Result, bail};
 use std::path::PathBuf;
 use surgery::convert::save_model;
 use train::data::{SequenceStream, Split};
@@ -88,8 +87,8 @@ pub struct Args {
     /// memory and more time.
     #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_value = "0", default_missing_value = "all", value_parser = parse_layers, hide_default_value = true)]
     checkpoint_activations: usize,
-    /// Update every parameter as soon as its gradient is complete and use that gradient's memory again: the same result in less memory and less
-    /// time, but without clipping, and a gradient that is not finite ends the run at the state last saved.
+    /// Update every parameter as soon as its gradient is complete and use that gradient's memory again: the same result in less memory, but
+    /// without clipping, and a gradient that is not finite ends the run at the state last saved.
     #[arg(long, conflicts_with = "accumulate")]
     optimizer_in_backward: bool,
     /// Largest norm of a step's gradient, beyond which it is scaled down; 0: any [default: 1, and 0 with --optimizer-in-backward].
@@ -215,7 +214,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         seed: args.seed,
         checkpointed_layers: args.checkpoint_activations,
         optimizer_in_backward: args.optimizer_in_backward,
-        clip: args.clip.unwrap_or(if args.optimizer_in_backward { 0.0 } else { defaults.clip }),
+        clip: args.clip.unwrap_or(HealOptions::default_clip(args.optimizer_in_backward)),
         moments: args.moments.into(),
         state_dir: state_dir.into(),
         resume: args.resume,
@@ -223,7 +222,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         ..defaults
     };
     let teacher = match args.stage {
-        StageArg::Distill => Some(Model::load(&base).with_context(|| format!("loading {}", args.base))?),
+        StageArg::Distill => Some(load_weights(&base, &args.base)?),
         StageArg::Continue => None,
     };
     // What does not train is the base's.

@@ -108,6 +108,11 @@ impl HealOptions {
     pub fn projection_lr_scale_beside(window: usize) -> f32 {
         if window > 0 { 0.03 } else { 0.3 }
     }
+
+    /// The clip unless something else is asked for: none where updates in the backward pass leave no norm to clip by.
+    pub fn default_clip(optimizer_in_backward: bool) -> f32 {
+        if optimizer_in_backward { 0.0 } else { 1.0 }
+    }
 }
 
 impl Default for HealOptions {
@@ -125,7 +130,7 @@ impl Default for HealOptions {
             weight_decay: 0.0,
             warmup: 10,
             final_lr: 0.1,
-            clip: 1.0,
+            clip: Self::default_clip(false),
             elastic: Vec::new(),
             seed: 0,
             checkpointed_layers: 0,

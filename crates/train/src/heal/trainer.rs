@@ -179,8 +179,8 @@ impl<'a> Trainer<'a> {
         };
         swap(&mut self.budgets, hybrid);
         let report = StepReport { beta: self.budgets.as_ref().map(|b| b.beta(step)), ..report? };
-        check_finite(step, "the loss", report.loss)?;
-        check_finite(step, "the gradient norm", report.grad_norm)?;
+        TrainError::check_finite(step, "the loss", report.loss)?;
+        TrainError::check_finite(step, "the gradient norm", report.grad_norm)?;
         self.steps = step;
         if self.grads.wants(hybrid.output_param()) {
             self.losses.output_changes();
@@ -242,26 +242,24 @@ impl<'a> Trainer<'a> {
         let mut sums = LossSums::default();
         let pass = (&mut self.tape, &mut self.grads);
         let dhidden = self.losses.backpropagate(self.exec, hybrid, batch, counts, pass, &mut sums)?;
-        check_finite(step, "the loss", self.losses.report(sums, counts, 0.0).loss)?;
+        TrainError::check_finite(step, "the loss", self.losses.report(sums, counts, 0.0).loss)?;
         let rule = self.rule(step, 1.0);
-        let mut places: HashMap<ParamId, usize> =
-            self.full.iter().enumerate().map(|(place, full)| (full.id, place)).collect();
-        let Self { exec, tape, grads, full, budgets, .. } = self;
         // The hybrid's plan is that of the step until the caller takes it out again.
-        let plan = budgets.as_ref().map(|_| hybrid.plan.clone());
+        let plan = self.budgets.as_ref().map(|_| &hybrid.plan);
+        let active = self.full.iter().enumerate().filter(|(_, full)| full.is_active(plan));
+        let mut places: HashMap<ParamId, usize> = active.map(|(place, full)| (full.id, place)).collect();
+        let Self { exec, tape, grads, full, .. } = self;
         let mut squares = 0.0;
-        let mut update = |places: &[usize], grads: &mut Grads, hybrid: &mut Model| {
-            let active: Vec<usize> =
-                places.iter().copied().filter(|&place| full[place].is_active(plan.as_ref())).collect();
-            for &place in &active {
+        let mut update = |places: Vec<usize>, grads: &mut Grads, hybrid: &mut Model| {
+            for &place in &places {
                 // Zeros where nothing was added.
                 grads.get_mut(full[place].id);
             }
-            let gradients = active.iter().filter_map(|&place| grads.get(full[place].id));
+            let gradients = places.iter().filter_map(|&place| grads.get(full[place].id));
             let pieces: Vec<&[f32]> = gradients.flat_map(|gradient| gradient.chunks(NORM_PIECE)).collect();
             squares += sum_of_squares(exec, &pieces);
-            check_finite(step, "the gradient norm", squares)?;
-            for place in active {
+            TrainError::check_finite(step, "the gradient norm", squares)?;
+            for place in places {
                 let full = &mut full[place];
                 if let Some(grad) = grads.get(full.id) {
                     full.update(exec, rule, lr, grad, &mut hybrid.params);
@@ -272,13 +270,12 @@ impl<'a> Trainer<'a> {
         };
         let mut pass = hybrid.start_backward(exec, batch, tape, &dhidden, grads, false);
         while let Some(complete) = pass.advance(hybrid, grads, &mut NoObserver) {
-            let complete: Vec<usize> = complete.iter().filter_map(|id| places.remove(id)).collect();
-            update(&complete, grads, hybrid)?;
+            update(complete.iter().filter_map(|id| places.remove(id)).collect(), grads, hybrid)?;
         }
-        // What this pass did not come by, of skipped layers or of heads that the step's budget keeps as attention.
+        // What this pass did not come by: skipped layers, and those below the lowest that trains.
         let mut rest: Vec<usize> = places.into_values().collect();
         rest.sort_unstable();
-        update(&rest, grads, hybrid)?;
+        update(rest, grads, hybrid)?;
         Ok(self.losses.report(sums, counts, squares.sqrt()))
     }
 
@@ -329,13 +326,6 @@ pub fn check_base(base: &ModelConfig, hybrid: &ModelConfig) -> Result<()> {
          hint: give the model that was converted",
         hybrid.vocab, base.vocab
     )))
-}
-
-fn check_finite(step: u64, what: &str, value: f64) -> Result<()> {
-    match value.is_finite() {
-        true => Ok(()),
-        false => Err(TrainError::NonFinite { step, what: what.into() }),
-    }
 }
 
 /// Whether updates can be made in the backward pass, where the gradient as a whole is never there.
