@@ -27,30 +27,78 @@ def progress(text):
     print(f"[{minutes:3d}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
 
 
-def call(command, hint, cwd=None):
-    """Runs a command, its log in target/peers/log.txt; returns stdout, wall seconds and peak resident MiB."""
+def start(command, hint, **streams):
+    """Starts a command whose messages go to target/peers/log.txt."""
     command = [str(part) for part in command]
     WORK.mkdir(parents=True, exist_ok=True)
     with open(WORK / "log.txt", "ab") as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
-        start = time.monotonic()
         try:
-            child = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=log)
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, **streams)
         except OSError as error:
             raise Failure(f"cannot start {command[0]}: {error}", hint) from error
-        try:
-            output = child.stdout.read()
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.monotonic() - start
+
+
+def kill(child):
+    """Ends a process that nobody waits for."""
+    child.kill()
+    child.wait()
+
+
+def finish(child, hint):
+    """Waits for a process to end well; its peak resident MiB."""
+    _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
-        raise Failure(f"`{' '.join(command)}` ended with status {child.returncode}", f"{hint}; its messages end {WORK}/log.txt")
-    return output.decode(), seconds, usage.ru_maxrss / 1024
+        raise Failure(f"`{' '.join(child.args)}` ended with status {child.returncode}", f"{hint}; its messages end {WORK}/log.txt")
+    return usage.ru_maxrss / 1024
+
+
+def call(command, hint, cwd=None):
+    """Runs a command, its log in target/peers/log.txt; returns stdout, wall seconds and peak resident MiB."""
+    begin = time.monotonic()
+    child = start(command, hint, cwd=cwd)
+    try:
+        output = child.stdout.read()
+    except BaseException:
+        kill(child)
+        raise
+    mib = finish(child, hint)
+    return output.decode(), time.monotonic() - begin, mib
+
+
+class Paced:
+    """A process that takes a step for every line it reads, and answers with the step's seconds. Knows its peak memory when it has ended."""
+
+    def __init__(self, command, hint):
+        self.hint = hint
+        self.child = start(command, hint, stdin=subprocess.PIPE)
+        self.peak_mib = None
+
+    def step(self):
+        """Seconds of one more step."""
+        try:
+            self.child.stdin.write(b"\n")
+            self.child.stdin.flush()
+            line = self.child.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            finish(self.child, self.hint)
+            raise Failure(f"`{self.child.args[0]}` ended before its work", self.hint)
+        return float(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind:
+            if self.child.returncode is None:
+                kill(self.child)
+            return
+        self.child.stdin.close()
+        self.peak_mib = finish(self.child, self.hint)
 
 
 def call_json(command, hint):

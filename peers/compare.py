@@ -166,7 +166,7 @@ def measure_chart(given, runner, results):
 def measure(given, selection, results):
     """Installs and measures what was selected."""
     tools = Tools(given.threads)
-    install(tools, given.binary, selection.files(), any(run.startswith("torch/") for run in selection.runs))
+    install(tools, given.binary, selection.files(), any(run.startswith(("torch/", "train/")) for run in selection.runs))
     results.save()
     runner = Runner(tools, results["rows"]["flash"] if selection.rows else {})
     try:

@@ -160,10 +160,10 @@ def install(tools, given, files, with_torch):
     """Everything that the selected measurements need; `files` holds pairs of a model and a type."""
     tools.weights.mkdir(parents=True, exist_ok=True)
     build_binary(tools, given)
+    if with_torch or (files and not tools.llama_bench.exists()):
+        install_python(tools)
     if not files:
         return
-    if with_torch or not tools.llama_bench.exists():
-        install_python(tools)
     build_llama(tools)
     base_files(tools, {kind for _, kind in files} | {"q4_1"})
     prompt(tools)

@@ -13,7 +13,8 @@ KINDS = ("q4_1", "q8_0", "bf16")
 class Row:
     """One figure: the best of `ours` over the best of `peer` (or `ours` alone), times `scale`.
 
-    Both are metrics of runs, `RUN:METRIC`. `form` says how the figure reads and which way is better."""
+    Both are metrics of runs, `RUN:METRIC`. `form` says how the figure reads and which way is better. Where a run took the ratio itself, step by
+    step, `ratio` is that metric, and the sides are shown beside it."""
 
     name: str
     title: str
@@ -23,6 +24,7 @@ class Row:
     form: str = "times"
     unit: str = "tok/s"
     scale: str = ""
+    ratio: str = ""
 
 
 def decode_rows():
@@ -99,12 +101,14 @@ def train_rows():
     rows = []
     for (step, shape), target in targets.items():
         title = f"training step, {steps[step]}, {shape.replace('x', ' × ')} / PyTorch's step of every weight"
-        rows.append(Row(f"train/{step}/{shape}", title, (f"train/ours/{step}/{shape}:speed",), (f"train/torch/full/{shape}:speed",), target))
+        run = f"train/{step}/{shape}"
+        rows.append(Row(run, title, (f"{run}:ours",), (f"{run}:torch",), target, ratio=f"{run}:ratio"))
     for step, shape in targets:
         if step.startswith("full"):
-            sides = [(f"train/ours/{step}/{shape}:mib",), (f"train/torch/full/{shape}:mib",)]
+            run = f"train/{step}/{shape}"
             title = f"peak memory of training {steps[step]}, {shape.replace('x', ' × ')} / PyTorch"
-            rows.append(Row(f"train/memory/{step}/{shape}", title, *sides, 0.5, "at-most-share", "MiB"))
+            name = f"train/memory/{step}/{shape}"
+            rows.append(Row(name, title, (f"{run}:ours-mib",), (f"{run}:torch-mib",), 0.5, "at-most-share", "MiB"))
     return rows
 
 
@@ -156,14 +160,14 @@ def values(row, rounds, side):
 
 def figure(row, rounds, constants):
     """A row's median over the rounds: figure, our median, the peer's median, number of rounds; None if unmeasured."""
-    pairs = list(zip(values(row, rounds, "ours"), values(row, rounds, "peer") if row.peer else [1.0] * len(rounds)))
-    pairs = [pair for pair in pairs if None not in pair]
-    if not pairs:
+    sides = values(row, rounds, "ours"), values(row, rounds, "peer") if row.peer else [1.0] * len(rounds)
+    taken = [(ours, peer, whole) for ours, peer, whole in zip(*sides, rounds) if None not in (ours, peer)]
+    if not taken:
         return None
     scale = constants[row.scale] if row.scale else 1.0
-    ratio = statistics.median(scale * ours / peer for ours, peer in pairs)
-    ours, peer = (statistics.median(side) for side in zip(*pairs))
-    return {"figure": ratio, "ours": ours, "peer": peer if row.peer else None, "rounds": len(pairs)}
+    ratio = statistics.median(whole[row.ratio] if row.ratio else scale * ours / peer for ours, peer, whole in taken)
+    ours, peer = (statistics.median(entry[side] for entry in taken) for side in (0, 1))
+    return {"figure": ratio, "ours": ours, "peer": peer if row.peer else None, "rounds": len(taken)}
 
 
 def met(row, value):

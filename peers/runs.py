@@ -1,13 +1,12 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/ours|torch/STEP/BATCHxLENGTH` (full, full-bf16, full-in-backward, full-half, full-lean, distill, align, align-mamba2),
-and gives a dictionary of metrics."""
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/STEP/BATCHxLENGTH` (full, full-bf16, full-in-backward, full-half, full-lean, distill, align, align-mamba2: PyTorch's
+step of every weight beside it), and gives a dictionary of metrics."""
 
-import json
 import statistics
 import subprocess
 from pathlib import Path
 
-from common import Failure, call, call_json
+from common import Failure, Paced, call, call_json
 from install import MODEL
 
 DECODE_STEPS = 32
@@ -16,9 +15,23 @@ DEEP = 32000
 CHOICE_DEPTH = 7900
 FIRST_TOKEN_RUNS = 5
 MEMORY_TOKENS = 8
-# The first few steps of a process are slow where memory lay idle; the median of so many is not one of them.
+# Steps of ours that count, each between two of PyTorch's.
 TRAIN_STEPS = 8
 FITS = "run `target/release/recurformer --help`: the binary may be older than this script"
+
+
+def take_turns(ours, peer, steps):
+    """Two processes step in turn, so that a mood of the machine, even one of seconds, meets both. After a step each that warms up: the median
+    ratio of the peer's seconds, before and after one of our steps, to ours; and either side's median seconds."""
+    ours.step(), peer.step()
+    before = peer.step()
+    ratios, own, theirs = [], [], [before]
+    for _ in range(steps):
+        own.append(ours.step())
+        theirs.append(peer.step())
+        ratios.append((before + theirs[-1]) / 2 / own[-1])
+        before = theirs[-1]
+    return statistics.median(ratios), statistics.median(own), statistics.median(theirs)
 
 
 class Torch:
@@ -134,23 +147,25 @@ class Runner:
             )
         return {"mib": call(command, FITS)[2]}
 
-    def train(self, side, step, shape):
-        """Tokens per second of a training step, and the peak resident MiB of the process."""
-        if side == "torch":
-            script = Path(__file__).with_name("torch_train.py")
-            printed, _, mib = call([self.tools.python, script, str(self.tools.threads), shape, str(TRAIN_STEPS)], "memory may be short")
-            return {"speed": float(printed), "mib": mib}
-        batch, length = shape.split("x")
+    def train(self, step, shape):
+        """Tokens per second of a training step and of PyTorch's, their ratio, and the peak resident MiB of both processes."""
+        batch, length = map(int, shape.split("x"))
+        script = Path(__file__).with_name("torch_train.py")
+        with Paced([self.tools.python, script, str(self.tools.threads), shape], "memory may be short") as torch:
+            with Paced(self.train_command(step, batch, length), FITS) as ours:
+                ratio, seconds, torch_seconds = take_turns(ours, torch, TRAIN_STEPS)
+        tokens = batch * length
+        return {
+            "ratio": ratio, "ours": tokens / seconds, "torch": tokens / torch_seconds, "ours-mib": ours.peak_mib, "torch-mib": torch.peak_mib,
+        }
+
+    def train_command(self, step, batch, length):
+        """`recurformer bench-train` that takes its steps on request."""
         step, _, how = step.partition("-")
         early = ["--moments", "bf16", "--optimizer-in-backward"]
         options = {
             "": [], "bf16": ["--moments", "bf16"], "in-backward": early, "half": [*early, "--checkpoint-activations", "14"],
             "lean": [*early, "--checkpoint-activations", "all"], "mamba2": ["--mixer", "mamba2", "--window", "64"],
         }[how]
-        command = self.tools.ours(
-            "bench-train", "--model", MODEL, "--steps", step, "--batch", batch, "--context", length, "--repeats", str(TRAIN_STEPS), "--json",
-            *options,
-        )
-        printed, _, mib = call(command, FITS)
-        (result,) = json.loads(printed)["results"]
-        return {"speed": result["tokens_per_s"], "mib": mib}
+        sizes = ["--batch", str(batch), "--context", str(length)]
+        return self.tools.ours("bench-train", "--model", MODEL, "--steps", step, *sizes, "--paced", *options)

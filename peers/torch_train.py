@@ -1,9 +1,8 @@
 """Times a full-weight training step of transformers + PyTorch in bf16 (weights, gradients, AdamW) on a Llama of SmolLM2-135M's shape.
 
-Usage: torch_train.py THREADS BATCHxLENGTH STEPS. Prints tokens per second of the median step; one more comes first.
+Usage: torch_train.py THREADS BATCHxLENGTH. Takes a step for every line on stdin and answers it with the step's seconds, until stdin ends.
 """
 
-import statistics
 import sys
 import time
 
@@ -20,15 +19,13 @@ def main():
     batch, length = map(int, sys.argv[2].split("x"))
     model = build().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    seconds = []
-    for _ in range(int(sys.argv[3]) + 1):
+    for _ in sys.stdin:
         ids = torch.randint(0, SHAPE["vocab_size"], (batch, length))
         start = time.perf_counter()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
-    print(batch * length / statistics.median(seconds[1:]))
+        print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

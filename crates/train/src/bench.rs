@@ -5,7 +5,7 @@ use crate::error::{Result, TrainError};
 use crate::heal::{HealOptions, Stage, Trainable, Trainer};
 use crate::optim::MomentType;
 use kernels::Exec;
-use model::{Model, ModelConfig, Progress, TokenBatch};
+use model::{Model, ModelConfig, TokenBatch};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -38,7 +38,8 @@ pub enum Contestant<'a> {
 }
 
 impl Contestant<'_> {
-    fn kind(&self) -> StepKind {
+    /// The kind of step that trains it.
+    pub fn kind(&self) -> StepKind {
         match self {
             Self::Full(_) => StepKind::Full,
             Self::Distill(..) => StepKind::Distill,
@@ -54,15 +55,13 @@ impl Contestant<'_> {
     }
 }
 
-/// How long a measurement is.
+/// The steps of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct StepShape {
     /// Sequences of a batch.
     pub sequences: usize,
     /// Tokens of a sequence.
     pub seq_len: usize,
-    /// Steps that count; one more comes first.
-    pub steps: usize,
     /// As in [`HealOptions`]; `align` records nothing.
     pub checkpointed_layers: usize,
     /// As in [`HealOptions`], without clipping; `align` updates after all gradients.
@@ -84,43 +83,53 @@ pub struct StepSpeed {
     pub tokens_per_s: f64,
 }
 
+impl StepSpeed {
+    /// The speed of steps that took `seconds`; the first one, which warms up, does not count.
+    ///
+    /// # Errors
+    /// [`TrainError::Argument`] without two steps.
+    pub fn of(step: StepKind, shape: StepShape, mut seconds: Vec<f64>) -> Result<Self> {
+        let Some((_, counted)) = seconds.split_first_mut().filter(|(_, counted)| !counted.is_empty()) else {
+            return Err(TrainError::Argument(
+                "a speed needs two steps, of which the first one warms up".into(),
+            ));
+        };
+        counted.sort_by(f64::total_cmp);
+        let StepShape { sequences, seq_len, .. } = shape;
+        let tokens_per_s = (sequences * seq_len) as f64 / counted[counted.len() / 2];
+        Ok(Self { step, sequences, seq_len, tokens_per_s })
+    }
+}
+
 /// `count` random tokens.
 pub fn random_tokens(config: &ModelConfig, count: usize, seed: u64) -> Vec<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..count).map(|_| rng.random_range(0..config.vocab as u32)).collect()
 }
 
-/// Times steps of one kind.
+/// Seconds of each step of one kind. `go_on` is asked before every step, with the seconds of the one before, whether it shall follow.
 ///
 /// # Errors
-/// [`TrainError::Argument`] for empty batches or no steps, [`TrainError::Interrupted`], and whatever training refuses.
+/// [`TrainError::Argument`] for empty batches, and whatever `go_on` or training refuses.
 pub fn time_steps(
     exec: &Exec,
     contestant: Contestant<'_>,
     shape: StepShape,
-    progress: &mut dyn Progress,
-) -> Result<StepSpeed> {
-    let StepShape { sequences, seq_len, steps, checkpointed_layers, optimizer_in_backward, moments } = shape;
-    if sequences == 0 || seq_len < 2 || steps == 0 {
-        return Err(TrainError::Argument(
-            "a timed step needs a sequence of at least 2 tokens, and a step".into(),
-        ));
+    go_on: &mut dyn FnMut(Option<f64>) -> Result<bool>,
+) -> Result<Vec<f64>> {
+    let StepShape { sequences, seq_len, checkpointed_layers, optimizer_in_backward, moments } = shape;
+    if sequences == 0 || seq_len < 2 {
+        return Err(TrainError::Argument("a timed step needs a sequence of at least 2 tokens".into()));
     }
-    let (kind, config) = (contestant.kind(), contestant.config().clone());
-    let mut seconds = Vec::with_capacity(steps);
-    progress.start(&format!("{kind:?} steps").to_lowercase(), steps as u64 + 1, "steps");
+    let config = contestant.config().clone();
+    let mut seconds = Vec::new();
     let mut timed = |step: &mut dyn FnMut(&TokenBatch) -> Result<()>| -> Result<()> {
-        for i in 0..=steps {
-            if progress.cancelled() {
-                return Err(TrainError::Interrupted);
-            }
-            let batch = TokenBatch::equal(seq_len, random_tokens(&config, sequences * seq_len, i as u64));
+        while go_on(seconds.last().copied())? {
+            let seed = seconds.len() as u64;
+            let batch = TokenBatch::equal(seq_len, random_tokens(&config, sequences * seq_len, seed));
             let clock = Instant::now();
             step(&batch)?;
-            if i > 0 {
-                seconds.push(clock.elapsed().as_secs_f64());
-            }
-            progress.advance(1, "");
+            seconds.push(clock.elapsed().as_secs_f64());
         }
         Ok(())
     };
@@ -150,8 +159,5 @@ pub fn time_steps(
             timed(&mut |batch| aligner.step(exec, batch, LR).map(drop))?;
         }
     }
-    progress.finish();
-    seconds.sort_by(f64::total_cmp);
-    let tokens_per_s = (sequences * seq_len) as f64 / seconds[seconds.len() / 2];
-    Ok(StepSpeed { step: kind, sequences, seq_len, tokens_per_s })
+    Ok(seconds)
 }

@@ -5,7 +5,7 @@ use crate::run::print_results;
 use crate::ui::Ui;
 use anyhow::Result;
 use kernels::Exec;
-use model::{MixerSpec, Model};
+use model::{MixerSpec, Model, Progress};
 use serde_json::json;
 use surgery::HeadBank;
 use surgery::bank::init_bank;
@@ -13,7 +13,8 @@ use surgery::convert::convert_in_memory;
 use surgery::criteria;
 use surgery::select::{SelectOptions, select};
 use surgery::stats::{AnalyzeOptions, analyze};
-use train::bench::{Contestant, StepShape, random_tokens, time_steps};
+use train::TrainError;
+use train::bench::{Contestant, StepKind, StepShape, StepSpeed, random_tokens, time_steps};
 use train::recipe::DEFAULT;
 
 /// Tokens that the starting values of the timed heads are measured on.
@@ -22,8 +23,9 @@ const ANALYZED: usize = 512;
 /// Time training steps on random tokens: every weight (`full`), the new heads of a hybrid against its base (`distill`),
 /// replacement heads of all groups (`align`). Nothing is written.
 ///
-/// Example:
+/// Examples:
 ///   recurformer bench-train --model smollm2-135m --steps full,align --batch 2 --context 512
+///   yes | head -4 | recurformer bench-train --model smollm2-135m --steps align --paced
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -39,7 +41,7 @@ pub struct Args {
     /// Tokens per sequence.
     #[arg(long, default_value_t = 512)]
     context: usize,
-    /// Steps of each kind; the median counts.
+    /// Steps of each kind, after one that warms up; the median counts.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     repeats: u32,
     /// Share of the groups that are converted for `distill`.
@@ -62,6 +64,10 @@ pub struct Args {
     /// What the optimiser's moments are kept in; those of `align` are in f32.
     #[arg(long, value_enum, default_value_t = MomentsArg::F32)]
     moments: MomentsArg,
+    /// Of one kind, take a step for every line on standard input and answer it with the step's seconds, until the input ends: for taking turns with
+    /// another program, so that both meet the same moods of the machine.
+    #[arg(long, conflicts_with_all = ["repeats", "json"])]
+    paced: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -81,18 +87,29 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     if !(0.0..=1.0).contains(&args.beta) {
         return Err(usage(format!("--beta {} must be between 0 and 1", args.beta)));
     }
+    if args.paced && args.steps.len() != 1 {
+        return Err(usage("--paced times one kind of step: name it with --steps"));
+    }
     let exec = args.exec.exec()?;
     let base = load(&args.model, ui)?.model;
     check_context(&base.config, args.context)?;
     let shape = StepShape {
         sequences: args.batch as usize,
         seq_len: args.context,
-        steps: args.repeats as usize,
         checkpointed_layers: args.checkpoint_activations,
         optimizer_in_backward: args.optimizer_in_backward,
         moments: args.moments.into(),
     };
     let spec = args.mixer.trained_spec(&base.config, args.window, None, None)?;
+    let time = |contestant: Contestant<'_>, ui: &mut Ui| -> train::Result<Option<StepSpeed>> {
+        let kind = contestant.kind();
+        if args.paced {
+            return time_steps(&exec, contestant, shape, &mut on_request).map(|_| None);
+        }
+        let seconds = time_steps(&exec, contestant, shape, &mut counted(kind, args.repeats, ui))?;
+        ui.finish();
+        StepSpeed::of(kind, shape, seconds).map(Some)
+    };
     let mut timed = Vec::with_capacity(args.steps.len());
     // Replacements are made when a step asks for them only, and training every weight comes last, in the base's own memory.
     if args.steps.iter().any(|&step| step != StepArg::Full) {
@@ -103,7 +120,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
                 StepArg::Distill => Contestant::Distill(&hybrid, &base),
                 StepArg::Align => Contestant::Align(&bank, &base),
             };
-            timed.push((place, time_steps(&exec, contestant, shape, ui)?));
+            timed.push((place, time(contestant, ui)?));
         }
     }
     let full: Vec<usize> =
@@ -111,10 +128,13 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     // The last one gets the base itself.
     let models = std::iter::repeat_n(base, full.len());
     for (place, model) in full.into_iter().zip(models) {
-        timed.push((place, time_steps(&exec, Contestant::Full(Box::new(model)), shape, ui)?));
+        timed.push((place, time(Contestant::Full(Box::new(model)), ui)?));
     }
     timed.sort_by_key(|&(place, _)| place);
-    let speeds: Vec<_> = timed.into_iter().map(|(_, speed)| speed).collect();
+    let speeds: Vec<_> = timed.into_iter().filter_map(|(_, speed)| speed).collect();
+    if args.paced {
+        return Ok(());
+    }
     let precision = format!("{:?}", exec.precision()).to_lowercase();
     if args.json {
         let found = json!({
@@ -131,6 +151,33 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         println!("{name:<8} {batch:>10} {:>10.1}", speed.tokens_per_s);
     }
     Ok(())
+}
+
+/// A step for every line of standard input; answers each with its seconds.
+fn on_request(seconds: Option<f64>) -> train::Result<bool> {
+    if let Some(seconds) = seconds {
+        println!("{seconds}");
+    }
+    let asked = std::io::stdin().read_line(&mut String::new());
+    let unreadable =
+        |e: std::io::Error| TrainError::File { path: "standard input".into(), reason: e.to_string() };
+    Ok(asked.map_err(unreadable)? > 0)
+}
+
+/// One step that warms up and `repeats` more, under a progress bar.
+fn counted(kind: StepKind, repeats: u32, ui: &mut Ui) -> impl FnMut(Option<f64>) -> train::Result<bool> {
+    let mut left = u64::from(repeats) + 1;
+    ui.start(&format!("{kind:?} steps").to_lowercase(), left, "steps");
+    move |seconds| {
+        if ui.cancelled() {
+            return Err(TrainError::Interrupted);
+        }
+        if seconds.is_some() {
+            ui.advance(1, "");
+            left -= 1;
+        }
+        Ok(left > 0)
+    }
 }
 
 /// Fresh heads of all groups, and the hybrid with some of them.
