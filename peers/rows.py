@@ -90,13 +90,14 @@ def train_rows():
     steps = {
         "full": "every weight", "full-bf16": "every weight, moments in bf16", "full-in-backward": early,
         "full-half": f"{early}, 14 of 30 layers checkpointed", "full-lean": f"{early}, all layers checkpointed",
-        "align": "heads of all groups (align)", "align-mamba2": "Mamba-2 heads beside a window of 64 of all groups (align)",
+        "align": "heads of all groups (align)", "align-frozen": "heads of all groups, copied projections frozen (align)",
+        "align-mamba2": "Mamba-2 heads beside a window of 64 of all groups (align)",
         "distill": "new heads of β 0.75 (distill)",
     }
     targets = {
         ("full", "2x512"): 2.0, ("full", "1x2048"): 2.0, ("full-bf16", "2x512"): 2.0, ("full-in-backward", "2x512"): 2.0,
         ("full-in-backward", "1x2048"): 2.0, ("full-half", "1x2048"): 2.0, ("full-lean", "2x512"): None, ("full-lean", "1x2048"): None,
-        ("align", "2x512"): 4.0, ("align", "1x2048"): None, ("align-mamba2", "2x512"): 4.0, ("distill", "2x512"): 1.5, ("distill", "1x2048"): None,
+        ("align", "2x512"): 4.0, ("align", "1x2048"): None, ("align-frozen", "2x512"): 4.0, ("align-mamba2", "2x512"): 4.0, ("distill", "2x512"): 1.5, ("distill", "1x2048"): None,
     }
     rows = []
     for (step, shape), target in targets.items():

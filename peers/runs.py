@@ -1,5 +1,5 @@
 """Runs one contestant once. A run is named `ours/MODEL/TYPE/DEPTH`, `llama/prefill|decode/TYPE/DEPTH`, `torch/prefill|decode/DEPTH`,
-`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/STEP/BATCHxLENGTH` (full, full-bf16, full-in-backward, full-half, full-lean, distill, align, align-mamba2: PyTorch's
+`doctor`, `first-token/TYPE`, `memory/ours|llama/TYPE` or `train/STEP/BATCHxLENGTH` (full, full-bf16, full-in-backward, full-half, full-lean, distill, align, align-frozen, align-mamba2: PyTorch's
 step of every weight beside it), and gives a dictionary of metrics."""
 
 import statistics
@@ -166,6 +166,7 @@ class Runner:
         options = {
             "": [], "bf16": ["--moments", "bf16"], "in-backward": early, "half": [*early, "--checkpoint-activations", "14"],
             "lean": [*early, "--checkpoint-activations", "all"], "mamba2": ["--mixer", "mamba2", "--window", "64"],
+            "frozen": ["--projection-lr-scale", "0"],
         }[how]
         sizes = ["--batch", str(batch), "--context", str(length)]
         return self.tools.ours("bench-train", "--model", MODEL, "--steps", step, *sizes, "--paced", *options)

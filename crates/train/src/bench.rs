@@ -33,8 +33,8 @@ pub enum Contestant<'a> {
     Full(Box<Model>),
     /// A hybrid and the base it was converted from, for [`StepKind::Distill`].
     Distill(&'a Model, &'a Model),
-    /// Heads of all groups of a base, for [`StepKind::Align`].
-    Align(&'a HeadBank, &'a Model),
+    /// Heads of all groups of a base, for [`StepKind::Align`]; the last as in [`AlignOptions`](crate::align::AlignOptions::projection_lr_scale).
+    Align(&'a HeadBank, &'a Model, f32),
 }
 
 impl Contestant<'_> {
@@ -50,7 +50,7 @@ impl Contestant<'_> {
     fn config(&self) -> &ModelConfig {
         match self {
             Self::Full(model) => &model.config,
-            Self::Distill(model, _) | Self::Align(_, model) => &model.config,
+            Self::Distill(model, _) | Self::Align(_, model, _) => &model.config,
         }
     }
 }
@@ -154,8 +154,8 @@ pub fn time_steps(
             let options = HealOptions { trainable: Trainable::Heads, ..options };
             train(Trainer::new(exec, Some(base), hybrid, &options)?, hybrid.clone())?;
         }
-        Contestant::Align(bank, base) => {
-            let mut aligner = Timed::new(exec, base, bank)?;
+        Contestant::Align(bank, base, projection_lr_scale) => {
+            let mut aligner = Timed::new(exec, base, bank, projection_lr_scale)?;
             timed(&mut |batch| aligner.step(exec, batch, LR).map(drop))?;
         }
     }

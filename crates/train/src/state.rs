@@ -93,6 +93,11 @@ pub fn load_state<T: DeserializeOwned>(path: &Path) -> Result<Option<SavedState<
 }
 
 impl<T> SavedState<T> {
+    /// Whether there is a tensor `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     /// Copies the tensor `name` into `target`.
     ///
     /// # Errors

@@ -57,7 +57,8 @@ pub struct Args {
     /// Peak learning rate.
     #[arg(long)]
     lr: Option<f32>,
-    /// Learning rate of the copied q, k and v projections as a multiple of --lr (default: 0.05 beside a window, which reads them too; 0.5 without one).
+    /// Learning rate of the copied q, k and v projections as a multiple of --lr (default: 0.05 beside a window, which reads them too; 0.5 without one; 0 freezes
+    /// them, which takes less time and memory).
     #[arg(long)]
     projection_lr_scale: Option<f32>,
     /// Held-out tokens for the error, and again as many for mixer-fisher.

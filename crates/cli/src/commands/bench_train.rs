@@ -14,6 +14,7 @@ use surgery::criteria;
 use surgery::select::{SelectOptions, select};
 use surgery::stats::{AnalyzeOptions, analyze};
 use train::TrainError;
+use train::align::AlignOptions;
 use train::bench::{Contestant, StepKind, StepShape, StepSpeed, random_tokens, time_steps};
 use train::recipe::DEFAULT;
 
@@ -53,6 +54,9 @@ pub struct Args {
     /// Tokens of the mixers' window.
     #[arg(long, default_value_t = DEFAULT.mixer.window)]
     window: usize,
+    /// For `align`, as there: 0 freezes the copied projections.
+    #[arg(long)]
+    projection_lr_scale: Option<f32>,
     /// Of this many layers [of all, without a number] keep the input only and run them again in the backward pass: less memory, more time. Not
     /// for `align`, which has no backward pass through layers.
     #[arg(long, value_name = "LAYERS", num_args = 0..=1, default_value = "0", default_missing_value = "all", value_parser = parse_layers, hide_default_value = true)]
@@ -110,6 +114,8 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
         ui.finish();
         StepSpeed::of(kind, shape, seconds).map(Some)
     };
+    let projection_lr_scale =
+        args.projection_lr_scale.unwrap_or(AlignOptions::projection_lr_scale_beside(spec.window));
     let mut timed = Vec::with_capacity(args.steps.len());
     // Replacements are made when a step asks for them only, and training every weight comes last, in the base's own memory.
     if args.steps.iter().any(|&step| step != StepArg::Full) {
@@ -118,7 +124,7 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
             let contestant = match step {
                 StepArg::Full => continue,
                 StepArg::Distill => Contestant::Distill(&hybrid, &base),
-                StepArg::Align => Contestant::Align(&bank, &base),
+                StepArg::Align => Contestant::Align(&bank, &base, projection_lr_scale),
             };
             timed.push((place, time(contestant, ui)?));
         }
@@ -130,11 +136,11 @@ pub fn run(args: &Args, ui: &mut Ui) -> Result<()> {
     for (place, model) in full.into_iter().zip(models) {
         timed.push((place, time(Contestant::Full(Box::new(model)), ui)?));
     }
-    timed.sort_by_key(|&(place, _)| place);
-    let speeds: Vec<_> = timed.into_iter().filter_map(|(_, speed)| speed).collect();
     if args.paced {
         return Ok(());
     }
+    timed.sort_by_key(|&(place, _)| place);
+    let speeds: Vec<_> = timed.into_iter().filter_map(|(_, speed)| speed).collect();
     let precision = format!("{:?}", exec.precision()).to_lowercase();
     if args.json {
         let found = json!({

@@ -75,6 +75,8 @@ fn wrong_usage_is_2() {
         ("bench --model hybrid --depths 250 --decode-steps 16", "256"),
         ("bench-train --model llama3 --context 257", "256"),
         ("bench-train --model llama3 --context 32 --repeats 0", "--repeats"),
+        ("bench-train --model llama3 --context 32 --paced", "--steps"),
+        ("bench-train --model llama3 --context 32 --steps align --paced --json", "--json"),
         ("eval ppl --model hybrid --data data.npy --context 64 --chunk 0", "--chunk"),
         ("generate --model hybrid", "--prompt"),
         ("generate --model hybrid --tokens 1 --temperature=-1", "temperature"),

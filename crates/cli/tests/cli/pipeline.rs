@@ -2,6 +2,8 @@
 
 use crate::common::{VOCAB, Work, read_logits, tensors, without_run};
 use serde_json::Value;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
 
 /// A way through the pipeline.
 struct Case {
@@ -169,6 +171,27 @@ fn training_steps_are_timed() {
     assert!(work.ok(line).contains("f32"));
     let mut command = work.command(&line.replace("f32", "bf16"));
     work.fails_as(command.env("RECURFORMER_ISA", "scalar"), 1, &["bfloat16", "scalar", "hint:"]);
+}
+
+/// Each line is answered before the next one is sent, and the end of the lines ends the command.
+#[test]
+fn training_steps_are_taken_on_request() {
+    let work = Work::with_model("llama3");
+    let line =
+        "bench-train --model llama3 --steps align --batch 1 --context 32 --window 8 --threads 1 --paced";
+    let mut command = work.command(line);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut answers = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut requests = child.stdin.take().unwrap();
+    for _ in 0..3 {
+        requests.write_all(b"\n").unwrap();
+        let seconds: f64 = answers.next().unwrap().unwrap().parse().unwrap();
+        assert!(seconds > 0.0);
+    }
+    drop(requests);
+    assert!(answers.next().is_none());
+    assert!(child.wait().unwrap().success());
 }
 
 /// The hybrid's greedy continuation, made token by token from its cache, is what the logits of the whole sequence say.

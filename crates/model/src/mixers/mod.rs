@@ -109,7 +109,7 @@ pub struct HeadTensorInfo {
     pub class: TensorClass,
 }
 
-/// Values of a group's tensors, in the order of [`HeadLayout::tensors`]. Also used for their gradients.
+/// Values of a group's tensors, in the order of [`HeadLayout::tensors`]. Also used for their gradients, see [`backward`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HeadTensors {
     /// One vector per tensor.
@@ -359,7 +359,8 @@ fn recur(
 }
 
 /// Gradients from `dout` `[T, G·D]`: added to `grads` (when given), to `dx` `[T, M]` (when given), and to the wanted members of `base_grads`.
-/// Base projections get gradients only from `mamba` and `none`, whose local branch uses them; base norms from any local branch.
+/// In `grads`, an empty vector says that a [`TensorClass::Projection`] is frozen: where all of them are and nothing else asks for it, the window's
+/// backward pass is left out. Base projections get gradients only from `mamba` and `none`, whose local branch uses them; base norms from any local branch.
 pub fn backward<'a>(
     exec: &'a Exec,
     env: &'a HeadEnv<'a>,
@@ -395,8 +396,8 @@ pub fn backward<'a>(
         (NamedTensors::None, RecurrentSaved::None) => {}
         _ => panic!("activations of another kind of head"),
     }
-    let own = matches!(weights, NamedTensors::Qkv(_));
-    let local_wanted = dx.is_some() || base_grads.is_some() || (own && grads.is_some());
+    let projection_grads = grads.and_then(NamedTensors::into_projections);
+    let local_wanted = dx.is_some() || base_grads.is_some() || projection_grads.is_some();
     if let (Some(raw), Some(local), true) = (&saved.raw, &saved.local, local_wanted) {
         let d_local = match &window_grads {
             Some(WindowGrads { out, lse }) => (&out[..], Some(&lse[..])),
@@ -405,10 +406,9 @@ pub fn backward<'a>(
         local::backward(&ctx, raw, local, d_local, &mut d_raw, base_grads.as_deref_mut());
     }
     if let Some(projections) = ctx.shared_projections(&weights) {
-        let grads = if own {
-            grads.and_then(NamedTensors::into_projections)
-        } else {
-            base_grads.map(BaseGroupGrads::projections)
+        let grads = match weights {
+            NamedTensors::Qkv(_) => projection_grads,
+            _ => base_grads.map(BaseGroupGrads::projections),
         };
         if grads.is_some() || dx.is_some() {
             projections.backward(&ctx, &d_raw, grads.unwrap_or_default(), dx);
@@ -431,15 +431,18 @@ impl<'a> NamedTensors<&'a mut [f32]> {
         }
     }
 
+    /// Those of the head's own q, k and v; `None` where there are none or all are frozen.
     fn into_projections(self) -> Option<ProjectionGrads<'a>> {
-        match self {
-            Self::Qkv(g) => Some(ProjectionGrads {
-                q: LinearGrads { weight: Some(g.q), bias: g.q_bias },
-                k: LinearGrads { weight: Some(g.k), bias: g.k_bias },
-                v: LinearGrads { weight: Some(g.v), bias: g.v_bias },
-            }),
-            _ => None,
-        }
+        let Self::Qkv(g) = self else { return None };
+        let tensors = [Some(g.q), Some(g.k), Some(g.v), g.q_bias, g.k_bias, g.v_bias];
+        let wanted = tensors.map(|tensor| tensor.filter(|values| !values.is_empty()));
+        let any = wanted.iter().any(Option::is_some);
+        let [q, k, v, q_bias, k_bias, v_bias] = wanted;
+        any.then_some(ProjectionGrads {
+            q: LinearGrads { weight: q, bias: q_bias },
+            k: LinearGrads { weight: k, bias: k_bias },
+            v: LinearGrads { weight: v, bias: v_bias },
+        })
     }
 }
 

@@ -16,6 +16,7 @@ const TASKS_PER_THREAD: usize = 8;
 /// One group in training.
 pub(super) struct GroupTrainer {
     pub weights: HeadTensors,
+    /// Empty for frozen tensors, as are the gradients.
     pub moments: Vec<Moments>,
     grads: HeadTensors,
     /// Relative error on the last batch.
@@ -38,6 +39,30 @@ pub(super) struct Aligner<'a> {
     scales: Vec<TensorClass>,
 }
 
+/// What is not trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Frozen {
+    Nothing,
+    /// The copied q, k and v projections.
+    Projections,
+    Everything,
+}
+
+impl Frozen {
+    /// Nothing that would be trained at a rate of 0.
+    pub fn at_scale(projection_lr_scale: f32) -> Self {
+        if projection_lr_scale == 0.0 { Self::Projections } else { Self::Nothing }
+    }
+
+    fn contains(self, class: TensorClass) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Projections => class == TensorClass::Projection,
+            Self::Everything => true,
+        }
+    }
+}
+
 /// Settings of one update.
 pub(super) struct StepRates {
     pub lr: f32,
@@ -56,12 +81,16 @@ struct GroupContext<'a> {
 }
 
 impl<'a> Aligner<'a> {
-    /// Starts from the heads of `bank`, with zero moments.
-    pub fn new(exec: &Exec, base: &'a Model, bank: &HeadBank) -> Result<Self> {
+    /// Starts from the heads of `bank`, with zero moments; `frozen` tensors stay as they are.
+    pub fn new(exec: &Exec, base: &'a Model, bank: &HeadBank, frozen: Frozen) -> Result<Self> {
         let config = &base.config;
         let layout = bank.layout(config);
         let width = config.group_size() * config.head_dim;
         let infos = layout.tensors();
+        let trained: Vec<usize> = infos
+            .iter()
+            .map(|t| if frozen.contains(t.class) { 0 } else { t.shape.iter().product() })
+            .collect();
         let mut groups = Vec::with_capacity(config.layers);
         for (layer, heads) in bank.groups.iter().enumerate() {
             let w_o = output_projection(base, layer)?;
@@ -69,8 +98,8 @@ impl<'a> Aligner<'a> {
                 exec.parallel_map(heads.len(), |g| gram(&exec.single(), w_o.columns(g * width, width)));
             let trainers = heads.iter().zip(grams).map(|(head, gram)| GroupTrainer {
                 weights: head.clone(),
-                moments: head.values.iter().map(|t| Moments::zeros(t.len())).collect(),
-                grads: layout.zeros(),
+                moments: trained.iter().map(|&len| Moments::zeros(len)).collect(),
+                grads: HeadTensors { values: trained.iter().map(|&len| vec![0.0; len]).collect() },
                 error: 0.0,
                 norm2: 0.0,
                 gram,
@@ -160,7 +189,7 @@ impl<'a> Aligner<'a> {
             let rule = StepRule { betas: rates.betas, weight_decay: 0.0, step: rates.update, grad_scale };
             let tensors =
                 group.weights.values.iter_mut().zip(&group.grads.values).zip(&mut group.moments).zip(scales);
-            for (((param, grad), moments), class) in tensors {
+            for (((param, grad), moments), class) in tensors.filter(|(((_, grad), _), _)| !grad.is_empty()) {
                 let scale = match class {
                     TensorClass::Projection => rates.projection_scale,
                     TensorClass::New => 1.0,

@@ -12,7 +12,7 @@ use crate::data::SequenceStream;
 use crate::error::{Result, TrainError};
 use crate::optim::Schedule;
 use crate::state::{MetricsLog, save_offending_batch, with_suffix};
-use group::{Aligner, StepRates};
+use group::{Aligner, Frozen, StepRates};
 use kernels::Exec;
 use model::plan::PlanModel;
 use model::{Model, Progress, TokenBatch};
@@ -36,7 +36,7 @@ pub struct AlignOptions {
     pub tokens_per_step: usize,
     /// Peak learning rate.
     pub lr: f32,
-    /// Multiplier for the copied q, k, v projections.
+    /// Multiplier for the copied q, k, v projections; at 0 they are frozen, and no gradients of theirs are computed.
     pub projection_lr_scale: f32,
     /// Linear warm-up steps.
     pub warmup: u64,
@@ -183,7 +183,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let seq_len = data.seq_len();
         let sequences = (options.tokens_per_step / seq_len).max(1);
-        let aligner = Aligner::new(exec, base, &bank)?;
+        let aligner = Aligner::new(exec, base, &bank, Frozen::at_scale(options.projection_lr_scale))?;
         let total =
             if aligner.trainable() { options.tokens.div_ceil((sequences * seq_len) as u64) } else { 0 };
         let settings = state::settings(exec, &bank, data, options);
@@ -323,21 +323,23 @@ impl<'a> Run<'a> {
 pub(crate) struct Timed<'a> {
     aligner: Aligner<'a>,
     updates: u64,
+    projection_scale: f32,
 }
 
 impl<'a> Timed<'a> {
-    /// Starts from the heads of `bank`.
-    pub fn new(exec: &Exec, base: &'a Model, bank: &HeadBank) -> Result<Self> {
-        Ok(Self { aligner: Aligner::new(exec, base, bank)?, updates: 0 })
+    /// Starts from the heads of `bank`; `projection_scale` as in [`AlignOptions`].
+    pub fn new(exec: &Exec, base: &'a Model, bank: &HeadBank, projection_scale: f32) -> Result<Self> {
+        let aligner = Aligner::new(exec, base, bank, Frozen::at_scale(projection_scale))?;
+        Ok(Self { aligner, updates: 0, projection_scale })
     }
 
     /// One optimiser step on `batch`.
     pub fn step(&mut self, exec: &Exec, batch: &TokenBatch, lr: f32) -> Result<()> {
         self.aligner.accumulate(exec, batch, false)?;
         self.updates += 1;
-        let AlignOptions { projection_lr_scale, clip, .. } = AlignOptions::default();
-        let rates =
-            StepRates { lr, projection_scale: projection_lr_scale, betas: BETAS, update: self.updates, clip };
+        let Self { projection_scale, updates: update, .. } = *self;
+        let clip = AlignOptions::default().clip;
+        let rates = StepRates { lr, projection_scale, betas: BETAS, update, clip };
         let norms = self.aligner.layer_norms();
         self.aligner.update(exec, &norms, &rates);
         Ok(())
@@ -355,7 +357,7 @@ pub fn heldout_errors(
     sequences: &[Vec<u32>],
     progress: &mut dyn Progress,
 ) -> Result<Vec<Vec<f64>>> {
-    Aligner::new(exec, base, bank)?.heldout_errors(exec, sequences, progress)
+    Aligner::new(exec, base, bank, Frozen::Everything)?.heldout_errors(exec, sequences, progress)
 }
 
 fn layer_note(metric: &AlignMetric) -> String {

@@ -115,7 +115,7 @@ impl Run<'_> {
                 .note("the training state beside the bank is of other heads: starting with fresh moments");
             return Ok(());
         }
-        self.load(state, Part::Everything)?;
+        self.load(state, Part::EverythingThere)?;
         self.updates = state.info.updates;
         if state.info.settings["data"] == self.settings["data"] {
             data.skip_to(state.info.position);
@@ -143,7 +143,8 @@ impl Run<'_> {
                 for (i, tensor) in infos.iter().enumerate() {
                     let name = name(layer, g, tensor.name);
                     let Moments { m, v } = &group.moments[i];
-                    for (kind, values) in [("weight", &group.weights.values[i]), ("m", m), ("v", v)] {
+                    let kinds = [("weight", &group.weights.values[i]), ("m", m), ("v", v)];
+                    for (kind, values) in kinds.into_iter().filter(|(_, values)| !values.is_empty()) {
                         let values = values.as_slice().into();
                         tensors.push((format!("{kind}.{name}"), tensor.shape.clone(), values));
                     }
@@ -170,9 +171,17 @@ impl Run<'_> {
                 for (i, tensor) in infos.iter().enumerate() {
                     let name = name(layer, g, tensor.name);
                     state.copy_into(&format!("weight.{name}"), &mut group.weights.values[i])?;
-                    if part == Part::Everything {
-                        state.copy_into(&format!("m.{name}"), &mut group.moments[i].m)?;
-                        state.copy_into(&format!("v.{name}"), &mut group.moments[i].v)?;
+                    let Moments { m, v } = &mut group.moments[i];
+                    for (kind, values) in [("m", m), ("v", v)] {
+                        let name = format!("{kind}.{name}");
+                        let wanted = match part {
+                            Part::Weights => false,
+                            Part::Everything => true,
+                            Part::EverythingThere => state.has(&name),
+                        };
+                        if wanted && !values.is_empty() {
+                            state.copy_into(&name, values)?;
+                        }
                     }
                 }
             }
@@ -185,6 +194,8 @@ impl Run<'_> {
 enum Part {
     Weights,
     Everything,
+    /// Moments of what was frozen before stay as they are.
+    EverythingThere,
 }
 
 fn name(layer: usize, group: usize, tensor: &str) -> String {

@@ -6,6 +6,7 @@ use crate::testing::{
     DieAfter, StopAfter, documents_of_odd_lengths, fresh_bank, killed, mixer_specs, random_documents,
     tiny_config, tiny_model,
 };
+use model::mixers::TensorClass;
 use model::{MixerSpec, RecurrentKind, Silent};
 use std::path::Path;
 
@@ -68,7 +69,7 @@ fn errors_of_packed_documents_are_those_of_the_documents() {
             .iter()
             .map(|layer| layer.iter().sum::<f64>() / layer.len() as f64)
             .collect();
-        let mut aligner = Aligner::new(&exec, &base, &bank).unwrap();
+        let mut aligner = Aligner::new(&exec, &base, &bank, Frozen::Nothing).unwrap();
         let close = |found: Vec<f64>| found.iter().zip(&expected).all(|(f, e)| (f - e).abs() < ROUNDING * e);
         assert!(close(aligner.accumulate(&exec, &packed, false).unwrap()), "{spec:?}");
         assert!(!close(aligner.accumulate(&exec, &joined, false).unwrap()), "{spec:?}: boundaries matter");
@@ -189,6 +190,56 @@ fn a_finished_bank_is_extended_with_its_moments() {
     let mut data = stream();
     align(&exec, &base, first, &mut data, &options, &mut Silent).unwrap();
     assert_eq!(data.position(), 40);
+}
+
+/// Of every mixer and also when interrupted: copied projections stay as they are to the bit, the rest learns.
+#[test]
+fn frozen_projections_stay_while_the_rest_learns() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 1);
+    for spec in mixer_specs(8) {
+        let fresh = fresh_bank(&base, spec, 1);
+        let classes: Vec<TensorClass> =
+            fresh.layout(&base.config).tensors().iter().map(|t| t.class).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let frozen = AlignOptions { projection_lr_scale: 0.0, ..options(dir.path(), 8) };
+        let bank = align(&exec, &base, fresh.clone(), &mut stream(), &frozen, &mut Silent).unwrap();
+        for (then, now) in fresh.groups.iter().flatten().zip(bank.groups.iter().flatten()) {
+            for ((then, now), &class) in then.values.iter().zip(&now.values).zip(&classes) {
+                assert_eq!(then == now, class == TensorClass::Projection, "{spec:?}");
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let frozen = AlignOptions { resume: true, projection_lr_scale: 0.0, ..options(dir.path(), 8) };
+        let stopped = align(&exec, &base, fresh.clone(), &mut stream(), &frozen, &mut StopAfter::new(5));
+        assert!(matches!(stopped, Err(TrainError::Interrupted)), "{spec:?}");
+        assert_eq!(
+            align(&exec, &base, fresh, &mut stream(), &frozen, &mut Silent).unwrap(),
+            bank,
+            "{spec:?}"
+        );
+    }
+}
+
+/// A bank is extended with more or less trained than before; what the state knows of moments is taken up.
+#[test]
+fn what_is_frozen_may_differ_in_an_extension() {
+    let exec = Exec::new(2).unwrap();
+    let base = tiny_model(&tiny_config(), 4);
+    let fresh = fresh_bank(&base, spec(RecurrentKind::GatedDelta), 3);
+    for scales in [[0.0, 0.05], [0.05, 0.0]] {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second] =
+            scales.map(|projection_lr_scale| AlignOptions { projection_lr_scale, ..options(dir.path(), 10) });
+        let once = align(&exec, &base, fresh.clone(), &mut stream(), &first, &mut Silent).unwrap();
+        let mut data = stream();
+        let twice = align(&exec, &base, once.clone(), &mut data, &second, &mut Silent).unwrap();
+        assert_eq!(data.position(), 40, "the state was taken up");
+        let q = |bank: &HeadBank| bank.groups[0][0].values[0].clone();
+        assert_eq!(q(&once) == q(&fresh), scales[0] == 0.0);
+        assert_eq!(q(&twice) == q(&once), scales[1] == 0.0);
+        assert!(mean(&twice.info.heldout_error) < mean(&once.info.heldout_error));
+    }
 }
 
 #[test]

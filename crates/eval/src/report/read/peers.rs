@@ -14,7 +14,9 @@ use std::collections::BTreeMap;
 /// The format that is read.
 const FORMAT: u32 = 1;
 /// Contestants, in the order of the columns.
-const CONTESTANTS: [(&str, &str); 3] = [("ours", "ours"), ("llama", "llama.cpp"), ("torch", "PyTorch")];
+const CONTESTANTS: [&str; 3] = ["ours", "llama", "torch"];
+/// Beside the contestants: a ratio that was measured step by step.
+const RATIO: usize = CONTESTANTS.len();
 
 #[derive(Deserialize)]
 struct PeersFile {
@@ -74,7 +76,10 @@ impl Reader {
                 self.report.tables.push(Table {
                     section: "Beside other programs".into(),
                     title: "Beside llama.cpp and PyTorch".into(),
-                    note: format!("Tokens per second, medians of {rounds} rounds, and the ratio of the medians. {conditions}."),
+                    note: format!(
+                        "Tokens per second, medians of {rounds} rounds, and the ratio of the medians (of training steps: the median ratio of \
+                         neighbouring steps). {conditions}."
+                    ),
                     columns: heads.map(String::from).into(),
                     rows: table,
                 });
@@ -111,8 +116,8 @@ fn speeds(rounds: &[BTreeMap<String, f64>]) -> Vec<Vec<String>> {
     for (name, &value) in rounds.iter().flatten() {
         metrics.entry(name).or_default().push(value);
     }
-    // (task, model, weights, tokens) → contestant → median.
-    let mut rows: BTreeMap<(String, String, String, usize), [Option<f64>; 3]> = BTreeMap::new();
+    // (task, model, weights, tokens) → contestant, or a ratio that was measured as such → median.
+    let mut rows: BTreeMap<(String, String, String, usize), [Option<f64>; RATIO + 1]> = BTreeMap::new();
     for (name, values) in metrics {
         if let Some((column, key)) = place(name) {
             rows.entry(key).or_default()[column] = Some(median(values));
@@ -123,11 +128,13 @@ fn speeds(rounds: &[BTreeMap<String, f64>]) -> Vec<Vec<String>> {
     };
     rows.into_iter()
         .map(|((task, model, weights, tokens), rates)| {
-            let peer = rates[1..].iter().flatten().copied().reduce(f64::max);
-            let ratio = rates[0].zip(peer).filter(|(_, peer)| *peer > 0.0).map(|(own, peer)| own / peer);
+            let [own, llama, torch, ratio] = rates;
+            let peer = [llama, torch].into_iter().flatten().reduce(f64::max);
+            let of_medians = own.zip(peer).filter(|(_, peer)| *peer > 0.0).map(|(own, peer)| own / peer);
+            let ratio = ratio.or(of_medians);
             let what = if model.is_empty() { task } else { format!("{task}, {model}") };
             let mut cells = vec![what, weights, count(tokens)];
-            cells.extend(rates.map(shown));
+            cells.extend([own, llama, torch].map(shown));
             cells.push(ratio.map_or("–".into(), |r| format!("{r:.2}×")));
             cells
         })
@@ -138,7 +145,7 @@ fn speeds(rounds: &[BTreeMap<String, f64>]) -> Vec<Vec<String>> {
 fn place(metric: &str) -> Option<(usize, (String, String, String, usize))> {
     let (run, measure) = metric.rsplit_once(':')?;
     let parts: Vec<&str> = run.split('/').collect();
-    let column = |who: &str| CONTESTANTS.iter().position(|c| c.0 == who);
+    let column = |who: &str| CONTESTANTS.iter().position(|c| *c == who);
     let model = |name: &str| if name == "base" { "base".to_string() } else { format!("hybrid β {name}") };
     let (column, task, model, weights, tokens) = match (&parts[..], measure) {
         (["ours", name, weights, depth], "prefill" | "decode") => {
@@ -148,13 +155,13 @@ fn place(metric: &str) -> Option<(usize, (String, String, String, usize))> {
             (column(who)?, *task, model("base"), *weights, *depth)
         }
         ([who @ "torch", task, depth], "speed") => (column(who)?, *task, model("base"), "bf16", *depth),
-        (["train", who, step, shape], "speed") => {
+        (["train", step, shape], measure @ ("ours" | "torch" | "ratio")) => {
             let tokens: usize = shape
                 .split('x')
                 .map(|n| n.parse().ok())
                 .try_fold(1_usize, |product, n: Option<usize>| product.checked_mul(n?))?;
             let task = format!("training step ({step}, {})", shape.replace('x', " × "));
-            return Some((column(who)?, (task, String::new(), "–".into(), tokens)));
+            return Some((column(measure).unwrap_or(RATIO), (task, String::new(), "–".into(), tokens)));
         }
         _ => return None,
     };

@@ -123,8 +123,11 @@ fn every_kind_is_recognised() {
     assert_eq!(report.generations[0].texts, texts);
     let table = |title: &str| report.tables.iter().find(|t| t.title == title).unwrap();
     assert_eq!(
-        table("Beside llama.cpp and PyTorch").rows[0],
-        ["decode, base", "q8_0", "512", "150.0", "75.0", "–", "2.00×"]
+        table("Beside llama.cpp and PyTorch").rows,
+        [
+            ["decode, base", "q8_0", "512", "150.0", "75.0", "–", "2.00×"],
+            ["training step (full, 2 × 512)", "–", "1,024", "90.0", "–", "60.0", "1.75×"],
+        ]
     );
 
     let curves: Vec<(&str, usize)> =

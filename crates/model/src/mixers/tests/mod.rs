@@ -369,6 +369,24 @@ fn unwanted_gradients_do_not_change_the_wanted_ones() {
         backward(&exec, &env, x, &saved, dout, Some(&mut tensors), None, None);
         assert_eq!(tensors, all.tensors, "{kind:?}");
 
+        // Projections are frozen by empty vectors: all of them, or the first (queries' weights) alone.
+        let infos = fixture.layout.tensors();
+        let frozen: Vec<usize> =
+            (0..infos.len()).filter(|&i| infos[i].class == TensorClass::Projection).collect();
+        for frozen in [&frozen[..], &frozen[..frozen.len().min(1)]] {
+            let [mut tensors, mut expected] = [fixture.layout.zeros(), all.tensors.clone()];
+            for &i in frozen {
+                tensors.values[i].clear();
+                expected.values[i].clear();
+            }
+            backward(&exec, &env, x, &saved, dout, Some(&mut tensors), None, None);
+            assert_eq!(tensors, expected, "{kind:?}, without {frozen:?}");
+            let mut dx = vec![0.0; fixture.x.len()];
+            let dx_mat = MatMut::dense(&mut dx, x.rows(), x.cols());
+            backward(&exec, &env, x, &saved, dout, Some(&mut tensors), Some(dx_mat), None);
+            assert_eq!(dx, all.dx, "{kind:?}, without {frozen:?}");
+        }
+
         let mut dx = vec![0.0; fixture.x.len()];
         let dx_mat = MatMut::dense(&mut dx, x.rows(), x.cols());
         backward(&exec, &env, x, &saved, dout, None, Some(dx_mat), None);

@@ -122,7 +122,8 @@ pub(super) fn peers() -> Value {
         "settings": {"format": 1, "machine": "CPU, 2 cores", "threads": 2},
         "rows": {"sources": call, "flash": {}, "constants": {}, "rounds": [
             {"ours/base/q8_0/512:decode": 200.0, "ours/base/q8_0/512:cache": 1.0, "llama/decode/q8_0/512:speed": 100.0, "doctor:memory": 28.0},
-            {"ours/base/q8_0/512:decode": 100.0, "llama/decode/q8_0/512:speed": 50.0, "train/torch/full/2x512:speed": 60.0}]},
+            {"ours/base/q8_0/512:decode": 100.0, "llama/decode/q8_0/512:speed": 50.0,
+             "train/full/2x512:ours": 90.0, "train/full/2x512:torch": 60.0, "train/full/2x512:ratio": 1.75, "train/full/2x512:ours-mib": 9.0}]},
         "quality": {"sources": call, "types": {
             "f32": {"ppl": 24.0, "tokens": 9}, "q8_0": {"prompts": {"ppl": 24.1, "kl": 0.001, "top1_agreement": 0.99, "tokens": 9}}}},
         "chart": {"sources": call, "models": {"base": [{"depth": 256, "prefill_tok_s": 1.0, "decode_tok_s": 2.0, "cache_bytes": 3}]}}
