@@ -68,18 +68,18 @@ def call(command, hint, cwd=None):
     return output.decode(), time.monotonic() - begin, mib
 
 
-class Paced:
-    """A process that takes a step for every line it reads, and answers with the step's seconds. Knows its peak memory when it has ended."""
+class Dialogue:
+    """A process that answers every line it reads with a number. Knows its peak memory when it has ended."""
 
     def __init__(self, command, hint):
         self.hint = hint
         self.child = start(command, hint, stdin=subprocess.PIPE)
         self.peak_mib = None
 
-    def step(self):
-        """Seconds of one more step."""
+    def ask(self, request=""):
+        """The answer to one line."""
         try:
-            self.child.stdin.write(b"\n")
+            self.child.stdin.write(f"{request}\n".encode())
             self.child.stdin.flush()
             line = self.child.stdout.readline()
         except BrokenPipeError:
@@ -94,11 +94,15 @@ class Paced:
 
     def __exit__(self, kind, *_):
         if kind:
-            if self.child.returncode is None:
-                kill(self.child)
+            self.kill()
             return
         self.child.stdin.close()
         self.peak_mib = finish(self.child, self.hint)
+
+    def kill(self):
+        """Ends the process where it has not ended yet."""
+        if self.child.returncode is None:
+            kill(self.child)
 
 
 def call_json(command, hint):

@@ -177,7 +177,7 @@ def measure(given, selection, results):
         if selection.chart:
             measure_chart(given, runner, results)
     finally:
-        runner.torch.close()
+        runner.close()
 
 
 def main():

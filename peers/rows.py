@@ -97,7 +97,8 @@ def train_rows():
     targets = {
         ("full", "2x512"): 2.0, ("full", "1x2048"): 2.0, ("full-bf16", "2x512"): 2.0, ("full-in-backward", "2x512"): 2.0,
         ("full-in-backward", "1x2048"): 2.0, ("full-half", "1x2048"): 2.0, ("full-lean", "2x512"): None, ("full-lean", "1x2048"): None,
-        ("align", "2x512"): 4.0, ("align", "1x2048"): None, ("align-frozen", "2x512"): 4.0, ("align-mamba2", "2x512"): 4.0, ("distill", "2x512"): 1.5, ("distill", "1x2048"): None,
+        ("align", "2x512"): 4.0, ("align", "1x2048"): None, ("align-frozen", "2x512"): 4.0, ("align-mamba2", "2x512"): 4.0,
+        ("distill", "2x512"): 1.5, ("distill", "1x2048"): None,
     }
     rows = []
     for (step, shape), target in targets.items():

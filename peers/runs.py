@@ -3,10 +3,9 @@
 step of every weight beside it), and gives a dictionary of metrics."""
 
 import statistics
-import subprocess
 from pathlib import Path
 
-from common import Failure, Paced, call, call_json
+from common import Dialogue, call, call_json
 from install import MODEL
 
 DECODE_STEPS = 32
@@ -23,46 +22,15 @@ FITS = "run `target/release/recurformer --help`: the binary may be older than th
 def take_turns(ours, peer, steps):
     """Two processes step in turn, so that a mood of the machine, even one of seconds, meets both. After a step each that warms up: the median
     ratio of the peer's seconds, before and after one of our steps, to ours; and either side's median seconds."""
-    ours.step(), peer.step()
-    before = peer.step()
+    ours.ask(), peer.ask()
+    before = peer.ask()
     ratios, own, theirs = [], [], [before]
     for _ in range(steps):
-        own.append(ours.step())
-        theirs.append(peer.step())
+        own.append(ours.ask())
+        theirs.append(peer.ask())
         ratios.append((before + theirs[-1]) / 2 / own[-1])
         before = theirs[-1]
     return statistics.median(ratios), statistics.median(own), statistics.median(theirs)
-
-
-class Torch:
-    """The PyTorch process, started when first needed and kept, so that building the model is not repeated."""
-
-    def __init__(self, tools):
-        self.tools = tools
-        self.process = None
-
-    def ask(self, request):
-        """Tokens per second of a request."""
-        if self.process is None:
-            command = [self.tools.python, Path(__file__).with_name("torch_speed.py"), str(self.tools.threads)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.answer()
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
-        return float(self.answer())
-
-    def answer(self):
-        """One line of the process."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise Failure("the PyTorch process ended", "its message is above; memory may be short")
-        return line
-
-    def close(self):
-        """Ends the process."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
 
 
 class Runner:
@@ -71,7 +39,7 @@ class Runner:
     def __init__(self, tools, flash):
         self.tools = tools
         self.flash = flash
-        self.torch = Torch(tools)
+        self.torch = None
 
     def run(self, name):
         """The metrics of one run."""
@@ -103,8 +71,20 @@ class Runner:
         return {"memory": shown["memory_read_gigabytes_per_second"], "bf16": shown["bf16_gemm_gflops"]}
 
     def by_torch(self, what, depth):
-        """Tokens per second of PyTorch."""
+        """Tokens per second of PyTorch, whose process is kept, so that building the model is not repeated."""
+        if self.torch is None:
+            self.torch = self.python("torch_speed.py")
         return {"speed": self.torch.ask(f"{what} {depth}")}
+
+    def python(self, script, *arguments):
+        """One of the scripts beside this one."""
+        command = [self.tools.python, Path(__file__).with_name(script), str(self.tools.threads), *arguments]
+        return Dialogue(command, "memory may be short")
+
+    def close(self):
+        """Ends the process that is kept."""
+        if self.torch is not None:
+            self.torch.kill()
 
     def llama_command(self, what, kind, depth, flash, steps=DECODE_STEPS):
         """llama-bench for one figure."""
@@ -150,9 +130,8 @@ class Runner:
     def train(self, step, shape):
         """Tokens per second of a training step and of PyTorch's, their ratio, and the peak resident MiB of both processes."""
         batch, length = map(int, shape.split("x"))
-        script = Path(__file__).with_name("torch_train.py")
-        with Paced([self.tools.python, script, str(self.tools.threads), shape], "memory may be short") as torch:
-            with Paced(self.train_command(step, batch, length), FITS) as ours:
+        with self.python("torch_train.py", shape) as torch:
+            with Dialogue(self.train_command(step, batch, length), FITS) as ours:
                 ratio, seconds, torch_seconds = take_turns(ours, torch, TRAIN_STEPS)
         tokens = batch * length
         return {

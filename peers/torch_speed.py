@@ -50,7 +50,6 @@ def main():
     model = build()
     ids = torch.randint(0, SHAPE["vocab_size"], (1, SHAPE["max_position_embeddings"]))
     with torch.no_grad():
-        print("ready", flush=True)
         warm = set()
         for line in sys.stdin:
             what, length = line.split()[0], int(line.split()[1])
